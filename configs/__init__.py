@@ -1,0 +1,1 @@
+"""Example configs, as package data. Imports nothing."""

@@ -1,0 +1,1 @@
+"""Compile and run networks. Knows arrays, not faces."""

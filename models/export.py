@@ -1,0 +1,130 @@
+"""Export: a checkpoint in, an ONNX that says what it is out.
+
+    python -m models.export runs/sgen-small/best.pt --name sgen-small --out models/weights
+
+The weights are stored as fp16 and cast back in the graph: inputs, outputs and arithmetic stay float32. The card lies in
+the file's metadata under `streamer.card`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from models.checkpoint import build, load_checkpoint
+from models.sgen import Sgen
+
+EXPORTER_VERSION = "1"
+OPSET = 18  # from 20 on GridSample is written `linear`, which TensorRT 11 is reported to run as nearest
+LICENSE = "research-only (trained on CelebA, CelebAMask-HQ, All-Age-Faces, SCUT-FBP5500, London Set)"
+_LEAST_COMPRESSED = 256  # elements; smaller tensors are not worth a Cast
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--name", required=True, help="the network's name, and the file's")
+    parser.add_argument("--out", type=Path, default=Path("models/weights"))
+    parser.add_argument("--license", default=LICENSE)
+    parser.add_argument("--trained-on", default="")
+    arguments = parser.parse_args()
+    path = arguments.out / f"{arguments.name}.onnx"
+    state = load_checkpoint(arguments.checkpoint)
+    export(state, path, name=arguments.name, license=arguments.license, trained_on=arguments.trained_on)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, step {state['step']}, scores {state.get('scores')}")
+
+
+def export(state: dict[str, Any], path: Path, *, name: str, license: str, trained_on: str = "") -> None:
+    """Write the network of a checkpoint to `path`, with its card."""
+    network = build(state["network"])
+    network.load_state_dict(state["weights"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    card = restorer_card(network, name=name, license=license, trained_on=trained_on, enlarge=state["config"]["enlarge"])
+    model = to_onnx(network.eval())
+    _halve(model)
+    _strip(model)
+    model.metadata_props.append(onnx.StringStringEntryProto(key="streamer.card", value=json.dumps(card)))
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def restorer_card(network: Sgen, *, name: str, license: str, trained_on: str, enlarge: str) -> dict[str, Any]:
+    """Return what the network says of itself (engines/card.py reads it)."""
+    channels = network.config.channels
+    return {
+        "name": name,
+        "task": "restoration",
+        "exporter": f"models.export {EXPORTER_VERSION} {_own_hash()}",
+        "inputs": [{"name": "image", "layout": "NCHW", "shape": ["n", channels, "h", "w"]}],
+        "outputs": [{"name": "restored", "layout": "NCHW", "shape": ["n", channels, "h", "w"]}],
+        "color": "RGB",
+        "mean": [127.5] * 3,
+        "std": [127.5] * 3,
+        "output_range": [-1.0, 1.0],
+        "scales": [4, 2, 1],
+        "enlarge": enlarge,
+        "size_multiple": network.config.multiple,
+        "license": license,
+        "trained_on": trained_on,
+    }
+
+
+def to_onnx(network: Sgen) -> onnx.ModelProto:
+    """Return the network as ONNX with free batch, height and width."""
+    multiple = network.config.multiple
+    example = torch.zeros(2, network.config.channels, 4 * multiple, 3 * multiple)
+    rows, columns = torch.export.Dim("rows", min=1, max=256), torch.export.Dim("columns", min=1, max=256)
+    free = {0: torch.export.Dim("n", min=1, max=4096), 2: multiple * rows, 3: multiple * columns}
+    program = torch.onnx.export(
+        network, (example,), dynamo=True, external_data=False, opset_version=OPSET,
+        input_names=["image"], output_names=["restored"], dynamic_shapes=(free,), verbose=False,
+    )  # fmt: skip
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave nothing")
+    return program.model_proto
+
+
+def _halve(model: onnx.ModelProto) -> None:
+    """Store float32 initialisers as fp16, each followed by a Cast."""
+    graph = model.graph
+    casts = []
+    for tensor in list(graph.initializer):
+        array = numpy_helper.to_array(tensor)
+        if array.dtype != np.float32 or array.size < _LEAST_COMPRESSED:
+            continue
+        stored = f"{tensor.name}.fp16"
+        casts.append(helper.make_node("Cast", [stored], [tensor.name], to=TensorProto.FLOAT))
+        graph.initializer.remove(tensor)
+        graph.initializer.append(numpy_helper.from_array(array.astype(np.float16), stored))
+    for cast in reversed(casts):
+        graph.node.insert(0, cast)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what the exporter adds and nobody reads: it weighs as much as a fifth of the file."""
+    del model.graph.value_info[:]
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in [*model.graph.input, *model.graph.output, *model.graph.initializer]:
+        value.doc_string = ""
+        del value.metadata_props[:]
+
+
+def _own_hash() -> str:
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    main()

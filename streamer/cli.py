@@ -1,0 +1,293 @@
+"""The command line: parses, calls, sets the exit code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from engines.card import CardError
+from engines.engine import EngineError, ModelError
+from engines.store import ModelStore, default_store
+from streamer import __version__, photos
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.camera import Camera, CameraError
+from streamer.client import EventSubscriber, SubscribeError
+from streamer.config import ConfigError, StreamerConfig, load_config
+from streamer.listen import describe, save_side_by_side, to_json_line
+from streamer.metrics import Metrics
+from streamer.pipeline import Stages
+from streamer.publisher import PublishError
+from streamer.router import NONE, RestorerRouter
+
+logger = logging.getLogger(__name__)
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+WRONG = (ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError)
+"""What the user can mend: exit code 2."""
+
+app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+models_app = typer.Typer(help="The networks: which there are, fetching one, its card.", rich_markup_mode=None)
+app.add_typer(models_app, name="models")
+
+
+class LogLevel(StrEnum):
+    """How much is logged."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The config file.")]
+OfflineOption = Annotated[bool, typer.Option("--offline", help="Never download, never build.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print for programs.")]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 failed while running, 2 the input is wrong."""
+    try:
+        code = app(arguments, prog_name="streamer", standalone_mode=False)
+    except typer.TyperException as exc:
+        code = _refuse(exc.format_message())
+    except WRONG as exc:
+        code = _refuse(str(exc))
+    except EngineError as exc:
+        code = _refuse(str(exc), FAILED)
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = DONE
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"streamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    log_level: Annotated[LogLevel, typer.Option("--log-level", help="How much is logged.")] = LogLevel.info,
+) -> None:
+    """Restore faces in surveillance video, recognise them honestly, publish both."""
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(
+        level=log_level.upper(), stream=sys.stderr, format="%(asctime)sZ %(levelname)s %(message)s",
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )  # fmt: skip
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    duration: Annotated[float | None, typer.Option(metavar="SECONDS", min=0, help="End after this time.")] = None,
+    offline: OfflineOption = False,
+) -> int:
+    """Run the main job: cameras in, events out, until the files end or a SIGTERM."""
+    settings = load_config(config)
+    stop = threading.Event()
+    _stop_on_signals(stop)
+    cameras = make_cameras(settings, stop)
+    _inspect([camera for camera in cameras if not camera.live])
+    stages = _load(settings, offline)
+    metrics = Metrics()
+    pipeline = make_pipeline(settings, cameras, stages, metrics=metrics, stop=stop)
+
+    started = time.monotonic()
+    pipeline.run(duration)
+    print(_summary(metrics, time.monotonic() - started), flush=True)
+    return FAILED if any(camera.broken for camera in cameras) else DONE
+
+
+@app.command()
+def check(config: ConfigArgument, offline: OfflineOption = False) -> int:
+    """Validate the config, open each source, load every network, and say what a run would do."""
+    settings = load_config(config)
+    stages = _load(settings, offline)
+    _inspect(make_cameras(settings, threading.Event()), tell=True)
+    engines = [stages.detector.engine, *(part.engine for part in (stages.restorer, stages.embedder) if part)]
+    for engine in engines:
+        print(f"{engine.card.task}: {engine.card.name} on {engine.backend} in {engine.precision}")
+    if stages.embedder is None:
+        print("embedding: none configured; events carry no scores")
+    print(f"publishes to {settings.publish.endpoint}")
+    return DONE
+
+
+@app.command()
+def listen(
+    endpoint: Annotated[str, typer.Argument(metavar="[ENDPOINT]", help="Where a streamer publishes.")] = (
+        "tcp://127.0.0.1:5556"
+    ),
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write crop and restoration side by side.")] = None,
+    as_json: JsonOption = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after this many events.")] = None,
+) -> int:
+    """Print the events of a streamer until it ends."""
+    if save is not None:
+        save.mkdir(parents=True, exist_ok=True)
+    with EventSubscriber(endpoint) as events:
+        for number, event in enumerate(events, start=1):
+            print(to_json_line(event) if as_json else describe(event), flush=True)
+            if save is not None and event.images:
+                save_side_by_side(event, save)
+            if number == limit:
+                break
+    return DONE
+
+
+@app.command()
+def restore(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Photos or face crops, files or folders.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")],
+    restorer: Annotated[str | None, typer.Option(metavar="NAME", help="Which; by default the route decides.")] = None,
+    guide: Annotated[Path | None, typer.Option(metavar="PHOTO", help="A photo of the same person.")] = None,
+    crops: Annotated[bool, typer.Option("--crops", help="Each image is the face crop itself.")] = False,
+    detector: Annotated[str, typer.Option(metavar="MODEL", help="What finds the faces.")] = "centerface",
+    max_size: Annotated[int, typer.Option(min=16, help="Longest side of a restored face.")] = 256,
+    offline: OfflineOption = False,
+) -> int:
+    """Restore the faces of photos, or face crops."""
+    if guide is not None:
+        raise photos.PhotoError("--guide: no restorer that takes a guide is installed")
+    paths = photos.gather(inputs)
+    networks = Networks(_store(offline))
+    chosen = networks.restorer(restorer or "sgen-small", max_size=max_size)
+    name = NONE if chosen is None else chosen.engine.card.name
+    stages = photos.PhotoStages(
+        detector=None if crops else networks.detector(detector),
+        router=RestorerRouter(name, max_size=max_size) if restorer is None else None,
+        restorer=chosen,
+    )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise photos.PhotoError(f"--out {out}: {exc.strerror}") from exc
+    failed = False
+    for number, path in enumerate(paths, start=1):
+        try:
+            routes = [photos.restore_crop(path, out, stages)] if crops else photos.restore_photo(path, out, stages)
+        except photos.PhotoError as exc:
+            failed = True
+            _say(str(exc))
+            continue
+        told = "; ".join(f"{route.restorer} ({route.reason})" for route in routes) or "no face, skipped"
+        print(f"{number}/{len(paths)} {path}: {told}", flush=True)
+    return WRONG_INPUT if failed else DONE
+
+
+@models_app.command("list")
+def models_list(as_json: JsonOption = False) -> int:
+    """List the networks that a name finds."""
+    listings = _store(True).list()
+    if as_json:
+        rows = [
+            {
+                "name": item.name, "task": item.task, "path": item.path and str(item.path), "size": item.size,
+                "license": item.license, "problem": item.problem,
+            }
+            for item in listings
+        ]  # fmt: skip
+        print(json.dumps(rows))
+        return DONE
+    for item in listings:
+        place = item.path or "to be fetched"
+        size = f"{item.size / 2**20:.1f} MiB"
+        print(f"{item.name:24} {item.task or '?':12} {size:>9}  {item.problem or item.license}  {place}")
+    return DONE
+
+
+@models_app.command("fetch")
+def models_fetch(model: Annotated[str, typer.Argument(help="A name or a URL.")]) -> int:
+    """Bring a network into the cache."""
+    print(_store(False).fetch(model))
+    return DONE
+
+
+@models_app.command("show")
+def models_show(model: Annotated[str, typer.Argument(help="A name, a path or a URL.")]) -> int:
+    """Print a network's card."""
+    found = _store(True).find(model)
+    card = {"path": str(found.path), "sha256": found.sha256, **found.card.model_dump(mode="json")}
+    print(json.dumps(card, indent=2))
+    return DONE
+
+
+def _load(settings: StreamerConfig, offline: bool) -> Stages:
+    networks = Networks(_store(offline), backend=settings.engine.backend, threads=settings.engine.threads)
+    try:
+        return load_stages(settings, networks)
+    except EngineError as exc:  # a file that does not load is the user's to mend
+        raise ModelError(str(exc)) from exc
+
+
+def _store(offline: bool) -> ModelStore:
+    return default_store(offline=offline)
+
+
+def _inspect(cameras: list[Camera], *, tell: bool = False) -> None:
+    """Open each source and decode a frame; raise CameraError with a line for each that fails."""
+    mistakes = []
+    for camera in cameras:
+        try:
+            shown = camera.inspect()
+        except CameraError as exc:
+            mistakes.append(str(exc))
+            continue
+        if tell:
+            length = "live" if shown.duration_s is None else f"{shown.duration_s:.1f} s"
+            print(f"camera {camera.name}: {shown.width}x{shown.height}, {shown.fps:g} fps, {shown.codec}, {length}")
+    if mistakes:
+        raise CameraError("\n".join(mistakes))
+
+
+def _stop_on_signals(stop: threading.Event) -> None:
+    """The first SIGTERM or SIGINT ends the run in order, the second kills."""
+
+    def on_signal(number: int, _: object) -> None:
+        logger.info("%s: ending", signal.Signals(number).name)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+        stop.set()
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, on_signal)
+
+
+def _summary(metrics: Metrics, seconds: float) -> str:
+    counts = metrics.counts()
+    frames, faces, restored, published = (counts.get(what, 0) for what in ("frames", "faces", "restored", "published"))
+    rate = frames / seconds if seconds else 0.0
+    return (
+        f"frames {frames}, faces {faces}, restored {restored}, published {published}, "
+        f"fps {rate:.1f}, drops {counts['drops']}"
+    )
+
+
+def _refuse(message: str, code: int = WRONG_INPUT) -> int:
+    for line in message.splitlines():
+        _say(line)
+    return code
+
+
+def _say(line: str) -> None:
+    print(f"streamer: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

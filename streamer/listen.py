@@ -1,0 +1,67 @@
+"""How a received event is shown: one line for people, one for programs, and a picture of what a restoration did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from streamer.wire import CameraStatusHeader, FaceHeader, SystemStatusHeader, WireEvent
+
+
+def describe(event: WireEvent) -> str:
+    """Return one line for people."""
+    match event.header:
+        case FaceHeader() as face:
+            return f"{face.captured_at:%H:%M:%S} {face.camera} track {face.track} {_what_happened(face)}"
+        case CameraStatusHeader() as camera:
+            return f"{camera.published_at:%H:%M:%S} {camera.camera} is {camera.state}{_how_it_does(camera)}"
+        case SystemStatusHeader() as system:
+            counts = ", ".join(f"{name} {count}" for name, count in system.counts.items())
+            return f"{system.published_at:%H:%M:%S} {system.stream} is {system.state}" + (
+                f": {counts}" if counts else ""
+            )
+
+
+def to_json_line(event: WireEvent) -> str:
+    """Return the header as one line of JSON, with whatever a newer app has added."""
+    return event.header.model_dump_json(by_alias=True)
+
+
+def save_side_by_side(event: WireEvent, folder: Path) -> Path:
+    """Write crop and restored image beside each other, the crop brought to the same size, as one PNG.
+
+    With route none it is the crop alone. Returns the path; raises ValueError where the event carries no crop.
+    """
+    header = event.header
+    if not isinstance(header, FaceHeader) or "crop" not in event.images:
+        raise ValueError(f"{header.kind} carries no crop")
+    path = folder / f"{header.epoch}_{header.camera}_{header.track:04d}_{header.frame:06d}.png"
+    folder.mkdir(parents=True, exist_ok=True)
+    _, data = cv2.imencode(".png", _side_by_side(event.images["crop"], event.images.get("restored")))
+    path.write_bytes(data.tobytes())
+    return path
+
+
+def _side_by_side(crop: np.ndarray, restored: np.ndarray | None) -> np.ndarray:
+    if restored is None:
+        return crop
+    height, width = restored.shape[:2]
+    return np.hstack([cv2.resize(crop, (width, height), interpolation=cv2.INTER_CUBIC), restored])
+
+
+def _what_happened(face: FaceHeader) -> str:
+    if face.quality is None or face.route is None:
+        return face.kind.removeprefix("face.")
+    restoration = face.restoration
+    route = "not restored" if restoration is None else f"restored by {restoration.model} x{restoration.scale}"
+    known = "" if face.match is None else f", {face.match.identity} ({face.match.similarity:.2f})"
+    return f"identified: {face.quality.face_height_px:.0f} px, {route} ({face.route.reason}){known}"
+
+
+def _how_it_does(camera: CameraStatusHeader) -> str:
+    parts = [f"{camera.fps:.1f} fps"] if camera.state == "live" else []
+    parts += [f"{reason} dropped {count}" for reason, count in camera.drops.items() if count]
+    parts += [camera.detail] if camera.detail else []
+    return ": " + ", ".join(parts) if parts else ""

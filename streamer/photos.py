@@ -1,0 +1,152 @@
+"""Restores photos and face crops that lie in files: `streamer restore`."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from streamer.detector import FaceDetector
+from streamer.geometry import cut_crop, upright_landmarks
+from streamer.quality import measure_quality
+from streamer.restorer import FaceRestorer
+from streamer.router import NONE, RestorerRouter
+from streamer.types import Crop, Moment, Quality, Route, Track
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+_FEATHER = 0.1  # of the crop's side: how wide its edge fades into the photo
+
+
+class PhotoError(ValueError):
+    """Inputs cannot be restored; one line per mistake."""
+
+
+@dataclass(frozen=True, slots=True)
+class PhotoStages:
+    """What restores a photo. `detector` is None for crops; `router` None where a restorer is forced by name."""
+
+    detector: FaceDetector | None
+    router: RestorerRouter | None
+    restorer: FaceRestorer | None
+
+
+def gather(inputs: Sequence[Path]) -> list[Path]:
+    """Return the images of files and folders. Raises PhotoError for what is missing and for two of one stem."""
+    mistakes, photos = [], []
+    for path in inputs:
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not path.exists():
+            mistakes.append(f"{path}: no such file or folder")
+        elif not found:
+            mistakes.append(f"{path}: no image in this folder")
+        else:
+            photos += found
+    stems = Counter(photo.stem for photo in photos)
+    mistakes += [f"{photo}: another input is named {photo.stem} too" for photo in photos if stems[photo.stem] > 1]
+    if mistakes:
+        raise PhotoError("\n".join(mistakes))
+    return photos
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Return the image of a file, upright by its EXIF, as HWC uint8 BGR. Raises PhotoError."""
+    try:
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    except (OSError, cv2.error) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "not an image that can be decoded"
+        raise PhotoError(f"{path}: {reason}") from exc
+    if image is None:
+        raise PhotoError(f"{path}: not an image that can be decoded")
+    return image
+
+
+def restore_photo(path: Path, folder: Path, stages: PhotoStages) -> list[Route]:
+    """Write `STEM.faceK.crop.png`, `STEM.faceK.restored.png` and, with the faces put back, `STEM.restored.png`.
+
+    Return the route of each face; where there is none, nothing is written. Raises PhotoError.
+    """
+    photo = read_image(path)
+    assert stages.detector is not None
+    detections = stages.detector.detect([photo])[0]
+    detections = detections[detections.scores >= stages.detector.threshold]
+    whole, routes = photo.copy(), []
+    for index in range(len(detections)):
+        box, landmarks = detections.boxes[index], detections.landmarks[index]
+        image, transform = cut_crop(photo, box, landmarks)
+        crop = _crop(image, transform, box, landmarks, measure_quality(photo, box, landmarks))
+        restored, route = _restore(crop, stages)
+        routes.append(route)
+        write_image(folder / f"{path.stem}.face{index + 1}.crop.png", image)
+        write_image(folder / f"{path.stem}.face{index + 1}.restored.png", restored)
+        if route.restorer != NONE:
+            whole = put_back(whole, restored, transform, image.shape[0])
+    if routes:
+        write_image(folder / f"{path.stem}.restored.png", whole)
+    return routes
+
+
+def restore_crop(path: Path, folder: Path, stages: PhotoStages) -> Route:
+    """Take the image as the crop itself and write it restored as `STEM.png`. Raises PhotoError."""
+    image = read_image(path)
+    height, width = image.shape[:2]
+    side = max(height, width) / 1.6
+    x, y = (width - 1) / 2, (height - 1) / 2
+    box = np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2], np.float32)
+    landmarks = upright_landmarks(box)
+    crop = _crop(image, np.eye(2, 3), box, landmarks, measure_quality(image, box, landmarks))
+    restored, route = _restore(crop, stages)
+    write_image(folder / f"{path.stem}.png", restored)
+    return route
+
+
+def put_back(photo: np.ndarray, restored: np.ndarray, transform: np.ndarray, side: int) -> np.ndarray:
+    """Return the photo with a restored crop in its place, its edge faded in.
+
+    `transform` (2, 3) takes photo pixels to pixels of the crop, which has `side`.
+    """
+    scale = restored.shape[0] / side
+    size = (photo.shape[1], photo.shape[0])
+    fade = max(1, round(side * _FEATHER))
+    mask = np.zeros((side, side), np.float32)
+    mask[fade : side - fade, fade : side - fade] = 1
+    faded = cv2.blur(mask, (2 * fade + 1, 2 * fade + 1), borderType=cv2.BORDER_ISOLATED)
+    shrunk = cv2.resize(restored, (side, side), interpolation=cv2.INTER_AREA) if scale > 1 else restored
+    back = cv2.invertAffineTransform(transform)
+    placed = cv2.warpAffine(shrunk, back, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    weight = cv2.warpAffine(faded, back, size, flags=cv2.INTER_LINEAR)[..., None]
+    return np.asarray(np.rint(photo * (1 - weight) + placed * weight), np.uint8)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a PNG. Raises PhotoError."""
+    try:
+        path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
+    except OSError as exc:
+        raise PhotoError(f"{path}: {exc.strerror}") from exc
+
+
+def _crop(image: np.ndarray, transform: np.ndarray, box: np.ndarray, landmarks: np.ndarray, quality: Quality) -> Crop:
+    moment = Moment("photo", 0, 0.0, datetime.now(UTC), "file")
+    track = Track(1, moment, box, landmarks, 1.0)
+    return Crop(track, image, transform, quality)
+
+
+def _restore(crop: Crop, stages: PhotoStages) -> tuple[np.ndarray, Route]:
+    route = stages.router.route(crop) if stages.router else Route(_forced(stages.restorer), "asked for by name")
+    if stages.restorer is None or route.restorer == NONE:
+        return crop.image, route
+    image, _ = stages.restorer.restore([crop.image])[0]
+    return image, route
+
+
+def _forced(restorer: FaceRestorer | None) -> str:
+    return NONE if restorer is None else restorer.engine.card.name

@@ -1,0 +1,341 @@
+"""Pipeline and Worker: who runs on which thread, and how it ends.
+
+Reading is per camera, watching per frame, identifying per track, publishing per event: four kinds of thread with an
+Inbox between each two. Ending is the ordinary end of the stream, from the readers on. A stop does not wait for what is
+queued: it is let go and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+
+from streamer import __version__
+from streamer.camera import Camera
+from streamer.detector import FaceDetector
+from streamer.embedder import FaceEmbedder
+from streamer.inbox import Closed, Inbox
+from streamer.metrics import Metrics
+from streamer.publisher import EventPublisher
+from streamer.restorer import FaceRestorer
+from streamer.router import NONE, RestorerRouter
+from streamer.selector import CropSelector
+from streamer.tracker import FaceTracker
+from streamer.types import (
+    CameraStatus,
+    Crop,
+    Detections,
+    Embeddings,
+    Event,
+    FaceAppeared,
+    FaceIdentified,
+    FaceLeft,
+    Frame,
+    Restoration,
+    Route,
+    SystemState,
+    SystemStatus,
+    Track,
+)
+
+logger = logging.getLogger(__name__)
+
+STATUS_EVERY_S = 5.0
+_LOOK_EVERY_S = 0.25
+_FRAMES_A_BATCH = 8
+_CROPS_A_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """The parts that the pipeline runs; each is used by one thread only."""
+
+    detector: FaceDetector
+    trackers: Mapping[str, FaceTracker]
+    """By camera."""
+    selector: CropSelector
+    router: RestorerRouter
+    restorer: FaceRestorer | None
+    embedder: FaceEmbedder | None
+
+
+class Worker(threading.Thread):
+    """A thread whose exception is not lost: it stops the others and is raised by `Pipeline.run`."""
+
+    def __init__(self, name: str, work: Callable[[], None], stop: threading.Event) -> None:
+        super().__init__(name=name)
+        self.error: BaseException | None = None
+        self._work, self._stop_all = work, stop
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except Closed:
+            pass  # the thread behind this one has ended, and says why
+        except BaseException as error:  # noqa: BLE001 - nothing is swallowed: `Pipeline.run` raises it
+            self.error = error
+            self._stop_all.set()
+
+
+class Pipeline:
+    """Takes cameras to events until all files have ended, or `stop` is set."""
+
+    def __init__(
+        self,
+        cameras: Sequence[Camera],
+        stages: Stages,
+        publisher: EventPublisher,
+        *,
+        metrics: Metrics,
+        stop: threading.Event,
+        wait_for: int = 0,
+        stale_after_s: Mapping[str, float],
+    ) -> None:
+        """`stop` ends everything early; cameras and publisher look at the same one. `stale_after_s` is by camera."""
+        self.metrics = metrics
+        self._cameras = {camera.name: camera for camera in cameras}
+        self._stages, self._publisher = stages, publisher
+        self._stop, self._wait_for, self._stale_after_s = stop, wait_for, stale_after_s
+        self._live = any(camera.live for camera in cameras)
+        files_only = not self._live
+        self._frames: Inbox[Frame] = Inbox(room=4 if files_only else 1, wait=files_only)
+        self._faces: Inbox[FaceAppeared | Crop | FaceLeft] = Inbox(room=2, wait=files_only, total=64)
+        self._events: Inbox[Event] = Inbox(room=16, wait=files_only, total=256)
+        self._open_readers = len(cameras)
+        self._readers_lock = threading.Lock()
+        self._source_may_start = threading.Event()
+
+    def run(self, duration_s: float | None = None) -> None:
+        """Run to the end; raises what ended a worker early."""
+        publish = Worker("publish", self._publish, self._stop)
+        identify = Worker("identify", self._identify, self._stop)
+        watch = Worker("watch", self._watch, self._stop)
+        readers = [
+            Worker(f"read {each.name}", partial(self._read, each), self._stop) for each in self._cameras.values()
+        ]
+        publish.start()
+        while not self._source_may_start.wait(_LOOK_EVERY_S) and publish.is_alive():
+            pass
+
+        workers = [*readers, watch, identify]
+        self._system("starting")
+        for worker in workers:
+            worker.start()
+        self._system("ready")
+        self._attend(workers, duration_s)
+        for worker in workers:
+            worker.join()
+        self._system("ended")
+        self._events.close()
+        publish.join()
+        for worker in [*workers, publish]:
+            if worker.error is not None:
+                raise worker.error
+
+    # -- threads
+
+    def _read(self, camera: Camera) -> None:
+        try:
+            for frame in camera.frames():
+                self.metrics.count("frames")
+                if self._frames.put(camera.name, frame) is not None:
+                    self.metrics.drop(camera.name, "overtaken")
+        finally:
+            with self._readers_lock:
+                self._open_readers -= 1
+                if not self._open_readers:
+                    self._frames.close()
+
+    def _watch(self) -> None:
+        try:
+            while frames := self._frames.take(_FRAMES_A_BATCH):
+                frames = [frame for frame in frames if self._wanted(frame)]
+                if not frames:
+                    continue
+                with self.metrics.stage("detect", len(frames)):
+                    found = self._stages.detector.detect([frame.image for frame in frames])
+                with self.metrics.stage("track", len(frames)):
+                    for frame, detections in zip(frames, found, strict=True):
+                        self._follow(frame, detections)
+            for tracker in self._stages.trackers.values():
+                self._leave(tracker.finish())
+        finally:
+            self._frames.close()
+            self._faces.close()
+
+    def _identify(self) -> None:
+        try:
+            while items := self._faces.take(_CROPS_A_BATCH):
+                crops = [item for item in items if isinstance(item, Crop)]
+                if self._stop.is_set():
+                    for crop in crops:
+                        self.metrics.drop(crop.track.moment.camera, "stopping")
+                    crops = []
+                identified = iter(self._identified(crops))
+                for item in items:
+                    if not isinstance(item, Crop):
+                        self._emit(item.track.moment.camera, item)
+                    elif crops:
+                        self._emit(item.track.moment.camera, next(identified))
+        finally:
+            self._faces.close()
+
+    def _publish(self) -> None:
+        try:
+            with self._publisher as publisher:
+                publisher.wait_for_subscribers(self._wait_for)
+                self._source_may_start.set()
+                while events := self._events.take(_CROPS_A_BATCH):
+                    for event in events:
+                        with self.metrics.stage("publish", 1):
+                            sent = publisher.publish(event)
+                        self.metrics.count("published" if sent else "unsent")
+        finally:
+            self._events.close()
+
+    # -- what they do
+
+    def _wanted(self, frame: Frame) -> bool:
+        """Count and refuse frames that a stop or their age make useless."""
+        camera = frame.moment.camera
+        if self._stop.is_set():
+            self.metrics.drop(camera, "stopping")
+            return False
+        age = time.monotonic() - frame.decoded_at
+        if self._cameras[camera].live and age > self._stale_after_s[camera]:
+            self.metrics.drop(camera, "stale")
+            return False
+        return True
+
+    def _follow(self, frame: Frame, detections: Detections) -> None:
+        self.metrics.count("detected")
+        camera = frame.moment.camera
+        update = self._stages.trackers[camera].update(frame.moment, detections)
+        for track in update.appeared:
+            self.metrics.count("faces")
+            self._faces.put((camera, track.id), FaceAppeared(track), keep=self._live)
+        for crop in self._stages.selector.select(frame, update.tracks):
+            if self._faces.put((camera, crop.track.id), crop) is not None:
+                self.metrics.drop(camera, "restorer busy")
+        self._leave(update.left)
+
+    def _leave(self, tracks: Sequence[Track]) -> None:
+        for track in tracks:
+            camera = track.moment.camera
+            self._stages.selector.forget(camera, track.id)
+            self._faces.put((camera, track.id), FaceLeft(track), keep=self._live)
+
+    def _identified(self, crops: Sequence[Crop]) -> list[FaceIdentified]:
+        """Route, restore and embed one batch of crops."""
+        if not crops:
+            return []
+        routes = [self._stages.router.route(crop) for crop in crops]
+        restorations = self._restored(crops, routes)
+        embeddings = self._embedded(crops, restorations)
+        absent = "no gallery" if self._stages.embedder else "no embedder is configured"
+        return [
+            FaceIdentified(crop, route, restoration, embedding, absent)
+            for crop, route, restoration, embedding in zip(crops, routes, restorations, embeddings, strict=True)
+        ]
+
+    def _restored(self, crops: Sequence[Crop], routes: Sequence[Route]) -> list[Restoration | None]:
+        restorer = self._stages.restorer
+        chosen = [index for index, route in enumerate(routes) if route.restorer != NONE]
+        restorations: list[Restoration | None] = [None] * len(crops)
+        if restorer is None or not chosen:
+            return restorations
+        with self.metrics.stage("restore", len(chosen)):
+            results = restorer.restore([crops[index].image for index in chosen])
+        engine = restorer.engine
+        for index, (image, scale) in zip(chosen, results, strict=True):
+            restorations[index] = Restoration(
+                image, engine.card.name, engine.sha256, scale, engine.backend, engine.precision
+            )
+        self.metrics.count("restored", len(chosen))
+        return restorations
+
+    def _embedded(
+        self, crops: Sequence[Crop], restorations: Sequence[Restoration | None]
+    ) -> Sequence[Embeddings | None]:
+        embedder = self._stages.embedder
+        if embedder is None:
+            return [None] * len(crops)
+        faces = [(crop.image, crop.landmarks) for crop in crops]
+        faces += [
+            (restoration.image, restoration.scale * crop.landmarks + (restoration.scale - 1) / 2)
+            for crop, restoration in zip(crops, restorations, strict=True)
+            if restoration is not None
+        ]
+        with self.metrics.stage("embed", len(faces)):
+            embedded = embedder.embed(faces)
+        blind = iter(embedded[len(crops) :])
+        return [
+            Embeddings(raw, None if restoration is None else next(blind))
+            for raw, restoration in zip(embedded, restorations, strict=False)
+        ]
+
+    # -- status
+
+    def _attend(self, workers: Sequence[Worker], duration_s: float | None) -> None:
+        """Report, from outside the decoders, how cameras and box do, until all workers are done."""
+        ends = None if duration_s is None else time.monotonic() + duration_s
+        reported: dict[str, tuple[str, str]] = {}
+        next_report = time.monotonic()
+        stopping = False
+        while any(worker.is_alive() for worker in workers):
+            if self._stop.wait(_LOOK_EVERY_S) and not stopping:
+                stopping = True
+                self._system("stopping")
+            elif stopping:
+                time.sleep(_LOOK_EVERY_S / 5)
+            now = time.monotonic()
+            if ends is not None and now >= ends:
+                self._stop.set()
+            due = now >= next_report
+            self._report_cameras(reported, due)
+            if due:
+                next_report = now + STATUS_EVERY_S
+                self._system("stopping" if stopping else "ready")
+        self._report_cameras(reported, False)
+
+    def _report_cameras(self, reported: dict[str, tuple[str, str]], due: bool) -> None:
+        drops = self.metrics.drops()
+        for name, camera in self._cameras.items():
+            status = camera.status()
+            status = replace(status, drops={**drops.get(name, {}), **status.drops})
+            if due or reported.get(name) != (status.state, status.detail):
+                reported[name] = (status.state, status.detail)
+                with suppress(Closed):
+                    self._emit(name, status)
+
+    def _system(self, state: SystemState) -> None:
+        engines = {
+            stage: {
+                "model": part.engine.card.name,
+                "sha256": part.engine.sha256,
+                "backend": part.engine.backend,
+                "precision": part.engine.precision,
+                "license": part.engine.card.license,
+            }
+            for stage, part in (
+                ("detector", self._stages.detector),
+                ("restorer", self._stages.restorer),
+                ("embedder", self._stages.embedder),
+            )
+            if part is not None
+        }
+        batches, seconds, counts = self.metrics.batch_sizes(), self.metrics.stage_seconds(), self.metrics.counts()
+        with suppress(Closed):
+            self._emit("", SystemStatus(state, __version__, engines, batches, seconds, counts))
+
+    def _emit(self, lane: str, event: Event) -> None:
+        """Hand an event to the publisher. Live, only identified faces may be dropped; a status never waits."""
+        status = isinstance(event, CameraStatus | SystemStatus)
+        keep = status or (self._live and not isinstance(event, FaceIdentified))
+        if self._events.put(lane, event, keep=keep) is not None:
+            self.metrics.drop(lane, "publisher busy")

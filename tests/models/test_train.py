@@ -1,0 +1,125 @@
+import pytest
+
+torch = pytest.importorskip("torch", reason="the extra train is not installed")
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
+from skimage.data import astronaut  # noqa: E402
+
+from engines.card import NetworkCard  # noqa: E402
+from models.checkpoint import build, load_checkpoint  # noqa: E402
+from models.dataset import load_faces  # noqa: E402
+from models.export import export  # noqa: E402
+from models.train import Batches, TrainConfig, train  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of crops of one face, cut at several sizes."""
+    folder = tmp_path_factory.mktemp("faces")
+    whole = np.ascontiguousarray(astronaut()[..., ::-1])
+    for index, side in enumerate((208, 220, 240, 256)):
+        cv2.imwrite(str(folder / f"{index}.png"), cv2.resize(whole[0:224, 112:336], (side, side)))
+    return folder
+
+
+def config(faces: Path, out: Path, **changes: object) -> TrainConfig:
+    settings: dict[str, object] = {
+        "override": {"base": 4}, "data": [faces], "validation": faces, "out": out,
+        "steps": 6, "batch": 2, "validate_every": 3, **changes,
+    }  # fmt: skip
+    return TrainConfig.model_validate(settings)
+
+
+@pytest.fixture(scope="module")
+def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    train(config(faces, out))
+    return out
+
+
+def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(faces, trained, tmp_path):
+    # the whole plan is 6 steps in both; the first run stops after 3, where last.pt was written
+    class Killed(Exception):
+        pass
+
+    original = Batches.__getitem__
+
+    def breaking(self: Batches, index: int):
+        if self.first + index == 4:
+            raise Killed
+        return original(self, index)
+
+    Batches.__getitem__ = breaking  # type: ignore[method-assign]
+    try:
+        with pytest.raises(Killed):
+            train(config(faces, tmp_path))
+    finally:
+        Batches.__getitem__ = original  # type: ignore[method-assign]
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+
+    train(config(faces, tmp_path))
+
+    whole, resumed = (load_checkpoint(folder / "last.pt") for folder in (trained, tmp_path))
+    assert resumed["step"] == whole["step"] == 6
+    for name, weight in whole["weights"].items():
+        assert torch.equal(weight, resumed["weights"][name]), name
+    for name, weight in whole["averaged"].items():
+        assert torch.equal(weight, resumed["averaged"][name]), name
+
+
+def test_a_checkpoint_carries_what_makes_its_network_again(trained):
+    state = load_checkpoint(trained / "best.pt")
+
+    network = build(state["network"])
+    network.load_state_dict(state["weights"])
+
+    assert network.config.base == 4
+    assert state["config"]["batch"] == 2
+
+
+def test_the_exported_network_agrees_with_torch_at_any_batch_and_size(trained, tmp_path):
+    state = load_checkpoint(trained / "best.pt")
+    path = tmp_path / "tiny.onnx"
+
+    export(state, path, name="tiny", license="test", trained_on="one face")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    network = build(state["network"])
+    network.load_state_dict({k: v.half().float() if v.numel() >= 256 else v for k, v in state["weights"].items()})
+
+    for shape in ((1, 3, 32, 32), (3, 3, 48, 16), (2, 3, 160, 64)):
+        image = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+        with torch.no_grad():
+            expected = network.eval()(torch.from_numpy(image)).numpy()
+        assert np.abs(session.run(None, {"image": image})[0] - expected).max() < 1e-4
+
+
+def test_the_exported_card_is_one_that_the_engines_read(trained, tmp_path):
+    path = tmp_path / "tiny.onnx"
+    export(load_checkpoint(trained / "best.pt"), path, name="tiny", license="test")
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    card = NetworkCard(**json.loads(session.get_modelmeta().custom_metadata_map["streamer.card"]))
+
+    assert (card.name, card.task, card.scales, card.size_multiple) == ("tiny", "restoration", (4, 2, 1), 16)
+    assert card.enlarge == "cubic"
+
+
+def test_batches_are_a_function_of_seed_and_step(faces, tmp_path):
+    loaded = load_faces(faces)
+    whole = Batches(loaded, config(faces, tmp_path), first=0)
+    resumed = Batches(loaded, config(faces, tmp_path), first=2)
+
+    for one, other in zip(whole[3], resumed[1], strict=True):
+        assert np.array_equal(one, other)
+
+
+def test_nothing_on_the_list_is_loaded(faces):
+    names = {face.name for face in load_faces(faces)}
+    left_out = frozenset({f"{faces.name}/1.png"})
+
+    assert {face.name for face in load_faces(faces, exclude=left_out)} == names - left_out

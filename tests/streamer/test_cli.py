@@ -1,0 +1,250 @@
+"""The command line: what a user types, and what a mistake answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from media import write_video
+from skimage.data import astronaut
+
+from streamer.cli import main
+
+PHOTO = np.ascontiguousarray(astronaut()[..., ::-1])
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def streamer(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command in this process and return its exit code, output and errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    return write_video(tmp_path / "film.mp4", frames=5)
+
+
+@pytest.fixture
+def config(tmp_path: Path, film: Path) -> Callable[..., Path]:
+    def write(more: str = "", *, url: object = film, endpoint: str = f"ipc://{tmp_path}/events") -> Path:
+        path = tmp_path / "camera.yaml"
+        path.write_text(f"cameras:\n  - name: door\n    url: {url}\npublish:\n  endpoint: {endpoint}\n{more}")
+        return path
+
+    return write
+
+
+def refused(answer: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2 and one line for each mistake, no traceback."""
+    code, _, err = answer
+    lines = [line for line in err.splitlines() if line.startswith("streamer: ")]
+    assert code == 2, err
+    assert "Traceback" not in err
+    assert any(all(word in line for word in words) for line in lines), err
+
+
+def test_bad_configs_are_refused_in_one_line_each(streamer, config, tmp_path):
+    refused(streamer("run", tmp_path / "none.yaml"), "none.yaml")
+    refused(streamer("run", config("detektor: {}\n")), "detektor")
+    refused(streamer("run", config("detector: {size: big}\n")), "detector.size")
+    refused(streamer("run", config("gallery: {}\n")), "gallery")
+
+
+def test_all_mistakes_of_a_config_are_told_together(streamer, config):
+    code, _, err = streamer("check", config("detector: {size: big, model: 7}\nrestorer: {max_size: -1}\n"))
+
+    assert code == 2
+    assert [place for place in ("detector.size", "detector.model", "restorer.max_size") if place in err] == [
+        "detector.size", "detector.model", "restorer.max_size",
+    ]  # fmt: skip
+
+
+def test_two_cameras_of_one_name_are_refused(streamer, tmp_path, film):
+    path = tmp_path / "two.yaml"
+    path.write_text(f"cameras:\n  - {{name: door, url: {film}}}\n  - {{name: door, url: {film}}}\n")
+
+    refused(streamer("run", path), "cameras.1.name", "cameras.0")
+
+
+def test_an_unknown_name_in_the_environment_is_refused(streamer, config, monkeypatch):
+    monkeypatch.setenv("STREAMER__DETECTOR__SIZ", "960")
+
+    refused(streamer("run", config()), "STREAMER__DETECTOR__SIZ")
+
+
+def test_sources_that_are_no_video_are_refused_before_anything_starts(streamer, config, tmp_path):
+    text = tmp_path / "notes.mp4"
+    text.write_text("this is not a film\n" * 50)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+
+    refused(streamer("run", config(url=tmp_path / "missing.mp4")), "missing.mp4")
+    refused(streamer("run", config(url=text)), "notes.mp4")
+    refused(streamer("run", config(url=empty)), "empty.mp4")
+
+
+def test_a_camera_out_of_reach_fails_the_check(streamer, config):
+    refused(streamer("check", config(url="rtsp://user:hush@127.0.0.1:9/stream")), "door")
+
+
+def test_a_password_never_shows(streamer, config):
+    _, out, err = streamer("check", config(url="rtsp://user:hush@127.0.0.1:9/stream"))
+
+    assert "hush" not in out + err
+
+
+def test_a_port_in_use_is_refused(streamer, config):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        refused(streamer("run", config(endpoint=f"tcp://127.0.0.1:{port}")), str(port))
+
+
+def test_networks_that_are_none_or_do_not_fit_are_refused(streamer, config, tmp_path):
+    fake = tmp_path / "fake.onnx"
+    fake.write_text("no network")
+
+    refused(streamer("run", config(f"detector: {{model: {fake}}}\n")), "fake.onnx")
+    refused(streamer("run", config("detector: {model: sgen-small}\n")), "restoration", "detection")
+    refused(streamer("run", config("restorer: {name: centerface}\n")), "detection", "restoration")
+    refused(streamer("run", config("restorer: {name: sgenn}\n")), "sgenn")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "--fast", "x.yaml"], ["fly"], [], ["listen", "--limit", "many"], ["restore", "x.png"]],
+)
+def test_wrong_words_on_the_command_line_are_one_line_each(streamer, arguments):
+    code, _, err = streamer(*arguments)
+
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("streamer: ")
+
+
+def test_a_subscriber_cannot_listen_to_nonsense(streamer):
+    refused(streamer("listen", "nonsense"), "nonsense")
+
+
+def test_check_says_what_a_run_would_do(streamer, config):
+    code, out, _ = streamer("check", "--offline", config())
+
+    assert code == 0
+    assert "camera door: 160x120, 25 fps, h264, 0.2 s" in out
+    assert "centerface" in out
+    assert "sgen-small" in out
+
+
+def test_run_and_listen_agree_on_what_was_published(config, tmp_path):
+    faces = [PHOTO[0:360, 60:500]] * 12
+    path = config(
+        "detector: {size: 448}\n", url=write_video(tmp_path / "face.mp4", [np.ascontiguousarray(f) for f in faces])
+    )
+    path.write_text(path.read_text().replace("publish:\n", "publish:\n  wait_for: 1\n"))
+    streamer = [sys.executable, "-m", "streamer.cli"]
+    listen = [*streamer, "listen", f"ipc://{tmp_path}/events", "--json", "--save", str(tmp_path / "saved")]
+
+    with subprocess.Popen(listen, stdout=subprocess.PIPE, text=True) as listener:
+        run = subprocess.run([*streamer, "run", "--offline", str(path)], capture_output=True, text=True, timeout=60)
+        received = [json.loads(line) for line in listener.communicate(timeout=30)[0].splitlines()]
+
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("frames 12, faces 1, restored ")
+    assert f"published {len(received)}," in run.stdout
+    assert "research-only" in run.stderr
+    identified = [event for event in received if event["kind"] == "face.identified"]
+    assert len(list((tmp_path / "saved").glob("*.png"))) == len(identified) > 0
+
+
+def test_restore_writes_crop_restoration_and_the_photo_put_together(streamer, tmp_path):
+    small = tmp_path / "astronaut.png"
+    cv2.imwrite(str(small), cv2.resize(PHOTO, (160, 160), interpolation=cv2.INTER_AREA))
+    out = tmp_path / "out"
+
+    code, told, _ = streamer("restore", small, "--out", out, "--offline")
+
+    assert code == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "astronaut.face1.crop.png", "astronaut.face1.restored.png", "astronaut.restored.png",
+    ]  # fmt: skip
+    crop, restored = (cv2.imread(str(out / f"astronaut.face1.{kind}.png")) for kind in ("crop", "restored"))
+    assert restored.shape[0] in (crop.shape[0] * 2, crop.shape[0] * 4)
+    assert cv2.imread(str(out / "astronaut.restored.png")).shape == (160, 160, 3)
+    assert "sgen-small" in told
+
+
+def test_restore_takes_crops_of_any_aspect_as_they_are(streamer, tmp_path):
+    crop = tmp_path / "crop.jpg"
+    cv2.imwrite(str(crop), cv2.resize(PHOTO[0:200, 130:300], (34, 40), interpolation=cv2.INTER_AREA))
+
+    assert streamer("restore", crop, "--crops", "--restorer", "sgen-small", "--out", tmp_path / "out")[0] == 0
+    assert streamer("restore", crop, "--crops", "--restorer", "none", "--out", tmp_path / "same")[0] == 0
+
+    assert cv2.imread(str(tmp_path / "out/crop.png")).shape == (160, 136, 3)
+    assert np.array_equal(cv2.imread(str(tmp_path / "same/crop.png")), cv2.imread(str(crop)))
+
+
+def test_restore_names_what_it_cannot_do_and_does_the_rest(streamer, tmp_path):
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    (inputs / "text.png").write_text("no picture")
+    cv2.imwrite(str(inputs / "wall.png"), np.full((90, 120, 3), 130, np.uint8))
+    cv2.imwrite(str(inputs / "woman.png"), PHOTO)
+    out = tmp_path / "out"
+
+    answer = streamer("restore", inputs, "--out", out)
+
+    refused(answer, "text.png")
+    assert "wall.png: no face, skipped" in answer[1]
+    assert (out / "woman.restored.png").exists()
+    assert not (out / "wall.restored.png").exists()
+
+
+def test_restore_refuses_two_inputs_of_one_stem_a_missing_one_and_a_guide(streamer, tmp_path):
+    for name in ("a.png", "a.jpg"):
+        cv2.imwrite(str(tmp_path / name), PHOTO[:64, :64])
+    out = tmp_path / "out"
+
+    refused(streamer("restore", tmp_path / "a.png", tmp_path / "a.jpg", "--out", out), "a.png")
+    refused(streamer("restore", tmp_path / "b.png", "--out", out), "b.png")
+    refused(streamer("restore", tmp_path / "a.png", "--guide", tmp_path / "a.jpg", "--out", out), "--guide")
+    assert not out.exists()
+
+
+def test_models_list_and_show_tell_the_licence(streamer):
+    code, listed, _ = streamer("models", "list", "--json")
+    shown = json.loads(streamer("models", "show", "sgen-small")[1])
+
+    assert code == 0
+    assert {"centerface", "sgen-small"} <= {model["name"] for model in json.loads(listed)}
+    assert shown["license"].startswith("research-only")
+    assert shown["scales"] == [4, 2, 1]
+
+
+def test_an_unknown_model_is_refused_with_those_that_are_known(streamer):
+    refused(streamer("models", "show", "sgem"), "sgem", "sgen-small")
+    refused(streamer("models", "fetch", "sgem"), "sgem")
+
+
+def test_version_is_printed(streamer):
+    code, out, _ = streamer("--version")
+
+    assert code == 0
+    assert out.startswith("streamer 0.")
