@@ -19,6 +19,7 @@ from engines.engine import EngineError, ModelError
 from engines.store import ModelStore, default_store
 from streamer import __version__, photos
 from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.bench import bench
 from streamer.camera import Camera, CameraError
 from streamer.client import EventSubscriber, SubscribeError
 from streamer.config import ConfigError, StreamerConfig, load_config
@@ -189,6 +190,18 @@ def restore(
         told = "; ".join(f"{route.restorer} ({route.reason})" for route in routes) or "no face, skipped"
         print(f"{number}/{len(paths)} {path}: {told}", flush=True)
     return WRONG_INPUT if failed else DONE
+
+
+@app.command("bench")
+def run_bench(
+    runs: Annotated[int, typer.Option(min=1, help="How often; the medians are told.")] = 5,
+    clip: Annotated[Path | None, typer.Option(metavar="FILE", help="A film; by default the demo's.")] = None,
+    offline: OfflineOption = False,
+) -> int:
+    """Measure each stage alone and the pipeline as a whole; the last line is JSON."""
+    for line in bench(_store(offline), runs=runs, clip=clip):
+        print(line, flush=True)
+    return DONE
 
 
 @models_app.command("list")

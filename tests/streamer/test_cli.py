@@ -248,3 +248,13 @@ def test_version_is_printed(streamer):
 
     assert code == 0
     assert out.startswith("streamer 0.")
+
+
+def test_bench_measures_each_stage_and_the_whole(streamer, film):
+    code, out, _ = streamer("bench", "--runs", 1, "--clip", film, "--offline")
+
+    measured = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert measured["detect"] > measured["read"] > 0
+    assert measured["fps"] == pytest.approx(10 / measured["wall"], rel=0.01)
+    assert 0 < measured["share"] < 1.3

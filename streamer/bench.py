@@ -1,0 +1,133 @@
+"""What the pipeline costs beyond its stages: `streamer bench`.
+
+Every stage is run alone on the same frames and crops and its CPU seconds are taken; their sum over cores × wall seconds
+of the whole pipeline is the share of the machine that does the work itself. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+from engines.store import ModelStore
+from streamer import demo_clip, wire
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.config import StreamerConfig
+from streamer.metrics import Metrics
+from streamer.pipeline import Stages
+from streamer.router import NONE
+from streamer.types import Crop, Detections, FaceIdentified, Frame, Restoration
+
+Result = TypeVar("Result")
+
+
+def bench(store: ModelStore, *, runs: int = 5, clip: Path | None = None) -> Iterator[str]:
+    """Yield lines to print: a table of CPU seconds by stage, then JSON with the medians.
+
+    `clip` is played by two cameras; by default the demo's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if clip is None:
+            clip = Path(folder) / "clip.mp4"
+            demo_clip.make_clip(clip)
+        config = StreamerConfig.model_validate(
+            {
+                "cameras": [{"name": f"camera{number}", "url": str(clip.resolve())} for number in (1, 2)],
+                "publish": {"endpoint": f"ipc://{folder}/events"},
+            }
+        )
+        networks = Networks(store, backend=config.engine.backend)
+        results = []
+        for number in range(1, runs + 1):
+            results.append(_run(config, networks))
+            yield f"run {number}/{runs}: " + ", ".join(f"{name} {value:.2f}" for name, value in results[-1].items())
+        medians = {name: round(median(result[name] for result in results), 4) for name in results[0]}
+        yield json.dumps({"cores": _cores(), "runs": runs, **medians})
+
+
+def _run(config: StreamerConfig, networks: Networks) -> dict[str, float]:
+    alone = _alone(config, load_stages(config, networks))
+    stop, metrics, cameras = threading.Event(), Metrics(), make_cameras(config, threading.Event())
+    pipeline = make_pipeline(config, cameras, load_stages(config, networks), metrics=metrics, stop=stop)
+    stolen, started = _stolen_s(), time.perf_counter()
+    pipeline.run()
+    wall = time.perf_counter() - started
+    return {
+        **alone,
+        "wall": wall,
+        "stolen": _stolen_s() - stolen,
+        "fps": metrics.counts()["frames"] / wall,
+        "share": sum(alone.values()) / (_cores() * wall),
+    }
+
+
+def _alone(config: StreamerConfig, stages: Stages) -> dict[str, float]:
+    """Return the CPU seconds of each stage, one after the other."""
+    cameras = make_cameras(config, threading.Event())
+    seconds: dict[str, float] = {}
+    frames = _timed(seconds, "read", lambda: [list(camera.frames()) for camera in cameras])
+    together = [frame for pair in zip(*frames, strict=True) for frame in pair]
+    found = _timed(seconds, "detect", lambda: _detect(stages, together))
+    crops = _timed(seconds, "track", lambda: _follow(stages, together, found))
+    identified = _timed(seconds, "restore", lambda: _identify(stages, crops))
+    _timed(seconds, "publish", lambda: [_encode(event) for event in identified])
+    return seconds
+
+
+def _timed(seconds: dict[str, float], stage: str, work: Callable[[], Result]) -> Result:
+    started = time.process_time()
+    result = work()
+    seconds[stage] = time.process_time() - started
+    return result
+
+
+def _detect(stages: Stages, frames: list[Frame]) -> list[Detections]:
+    found: list[Detections] = []
+    for index in range(0, len(frames), 2):
+        found += stages.detector.detect([frame.image for frame in frames[index : index + 2]])
+    return found
+
+
+def _follow(stages: Stages, frames: list[Frame], found: list[Detections]) -> list[Crop]:
+    crops: list[Crop] = []
+    for frame, detections in zip(frames, found, strict=True):
+        update = stages.trackers[frame.moment.camera].update(frame.moment, detections)
+        crops += stages.selector.select(frame, update.tracks)
+    return crops
+
+
+def _identify(stages: Stages, crops: list[Crop]) -> list[FaceIdentified]:
+    events = []
+    for crop in crops:
+        route, restoration = stages.router.route(crop), None
+        if stages.restorer is not None and route.restorer != NONE:
+            ((image, scale),) = stages.restorer.restore([crop.image])
+            engine = stages.restorer.engine
+            restoration = Restoration(image, route.restorer, engine.sha256, scale, engine.backend, engine.precision)
+        events.append(FaceIdentified(crop, route, restoration, None, "no embedder is configured"))
+    return events
+
+
+def _encode(event: FaceIdentified) -> list[bytes]:
+    now = event.crop.track.moment.captured_at
+    return wire.encode(event, stream="bench", epoch="bench", seq=0, topic_seq=0, published_at=now)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _stolen_s() -> float:
+    """Return the seconds that the host took from this machine so far, where /proc tells."""
+    try:
+        ticks = int(Path("/proc/stat").read_text().split("\n", 1)[0].split()[8])
+    except (OSError, IndexError, ValueError):
+        return float("nan")
+    return ticks / os.sysconf("SC_CLK_TCK")
