@@ -57,11 +57,13 @@ $(VENV)/python.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# onnxruntime and onnxruntime-gpu fill one folder: the second takes the place of the first, in its version.
+# onnxruntime and onnxruntime-gpu fill one folder: the second takes the place of the first, in its version. It is
+# installed twice, as taking the first away takes files of the second.
 CUDA_RUNTIME = set -e; \
-	version=$$($(RUN) -c 'import onnxruntime; print(onnxruntime.__version__)'); \
-	$(PIP) uninstall --quiet --yes onnxruntime onnxruntime-gpu; \
-	$(PIP) install "onnxruntime-gpu[cuda,cudnn]==$$version"
+	version=$$($(RUN) -c 'from importlib.metadata import version; print(version("onnxruntime"))'); \
+	$(PIP) install "onnxruntime-gpu[cuda,cudnn]==$$version"; \
+	$(PIP) uninstall --quiet --yes onnxruntime; \
+	$(PIP) install --quiet --force-reinstall --no-deps "onnxruntime-gpu==$$version"
 
 # pip brings onnxruntime back, as insightface asks for it by name.
 KEEP_CUDA_RUNTIME = if $(PIP) show --quiet onnxruntime-gpu 2>/dev/null; then $(CUDA_RUNTIME); fi

@@ -10,7 +10,7 @@ import zmq
 
 # Where the recogniser wants eyes, nose and mouth corners, as shares of its side: face-reidentification-retail-0095's.
 TEMPLATE = np.float32(
-    [(0.31557, 0.46157), (0.68262, 0.46157), (0.50026, 0.64051), (0.34947, 0.82469), (0.65344, 0.82325)]
+    [(0.31557, 0.46157), (0.68262, 0.46157), (0.50026, 0.64051), (0.34947, 0.82469), (0.65344, 0.82469)]
 )
 
 

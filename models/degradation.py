@@ -74,7 +74,7 @@ def draw_damage(rng: np.random.Generator) -> CameraDamage:
         noise_grey=bool(rng.random() < 0.3),
         kernel=kernels[int(rng.integers(len(kernels)))],
         jpeg=int(rng.integers(30, 96)) if coded and not by_h264 else None,
-        h264=int(rng.integers(18, 37)) if by_h264 else None,
+        h264=int(rng.integers(18, 43)) if by_h264 else None,
     )
 
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -111,6 +112,8 @@ def run(
 
     started = time.monotonic()
     pipeline.run(duration)
+    for line in _details(metrics):
+        logger.info(line)
     print(_summary(metrics, time.monotonic() - started), flush=True)
     return FAILED if any(camera.broken for camera in cameras) else DONE
 
@@ -280,6 +283,19 @@ def _stop_on_signals(stop: threading.Event) -> None:
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, on_signal)
+
+
+def _details(metrics: Metrics) -> Iterator[str]:
+    """Tell of each stage how long and in what batches it worked, of each camera how old its frames were."""
+    batches = metrics.batch_sizes()
+    for stage, seconds in metrics.stage_seconds().items():
+        items = sum(size * number for size, number in batches[stage].items())
+        largest, runs = max(batches[stage]), sum(batches[stage].values())
+        yield f"{stage}: {items} in {runs} batches (largest {largest}), {1000 * seconds / items:.1f} ms each"
+    drops = metrics.drops()
+    for camera, (mean, worst) in metrics.frame_ages().items():
+        dropped = ", ".join(f"{reason} {number}" for reason, number in drops.get(camera, {}).items()) or "none"
+        yield f"{camera}: frames {mean:.2f} s old when looked at, at worst {worst:.2f} s; drops: {dropped}"
 
 
 def _summary(metrics: Metrics, seconds: float) -> str:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Gauge, Summary
 
 
 class Metrics:
@@ -18,7 +18,17 @@ class Metrics:
         self._counts = Counter("streamer_items", "Things that passed", ["what"], registry=self.registry)
         self._drops = Counter("streamer_drops", "Let go", ["camera", "reason"], registry=self.registry)
         self._seconds = Counter("streamer_stage_seconds", "Time in a stage", ["stage"], registry=self.registry)
+        self._ages = Summary("streamer_frame_age_seconds", "When looked at", ["camera"], registry=self.registry)
+        self._oldest = Gauge("streamer_frame_age_worst_seconds", "Of them", ["camera"], registry=self.registry)
+        self._worst: dict[str, float] = {}
         self._batches = Counter("streamer_batches", "Batches run", ["stage", "size"], registry=self.registry)
+
+    def frame_age(self, camera: str, seconds: float) -> None:
+        """Note how old a frame was when it was looked at."""
+        self._ages.labels(camera).observe(seconds)
+        if seconds > self._worst.get(camera, 0.0):
+            self._worst[camera] = seconds
+            self._oldest.labels(camera).set(seconds)
 
     def count(self, what: str, number: int = 1) -> None:
         """Count things that passed: frames, faces, restored, published …"""
@@ -47,6 +57,14 @@ class Metrics:
         for labels, value in _samples(self._drops):
             result[labels["camera"]][labels["reason"]] = int(value)
         return dict(result)
+
+    def frame_ages(self) -> dict[str, tuple[float, float]]:
+        """Return mean and worst age, in seconds, of the frames of each camera when they were looked at."""
+        sums: dict[str, dict[str, float]] = defaultdict(dict)
+        for family in self._ages.collect():
+            for sample in family.samples:
+                sums[sample.labels["camera"]][sample.name.rsplit("_", 1)[1]] = sample.value
+        return {camera: (ages["sum"] / ages["count"], self._worst.get(camera, 0.0)) for camera, ages in sums.items()}
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the wall seconds spent in each stage."""

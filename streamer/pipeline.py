@@ -207,6 +207,7 @@ class Pipeline:
             self.metrics.drop(camera, "stopping")
             return False
         age = time.monotonic() - frame.decoded_at
+        self.metrics.frame_age(camera, age)
         if self._cameras[camera].live and age > self._stale_after_s[camera]:
             self.metrics.drop(camera, "stale")
             return False

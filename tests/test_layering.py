@@ -28,8 +28,8 @@ STAGES = {
 }
 PLUMBING = {"threading", "queue", "multiprocessing", "asyncio", "concurrent"}
 STAGES_KNOW = {"types", "geometry", "quality", "metrics"}
-ASSEMBLERS = {"cli", "assembly", "config", "demo"}
-"""These may know the config; all else gets what it needs in its constructor."""
+ASSEMBLERS = {"cli", "assembly", "bench", "config", "demo"}
+"""These build parts and may know the config; all else gets what it needs in its constructor."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def test_it_embeds_the_face_aligned_whichever_way_and_size_it_came(recogniser):
 def test_its_alignment_is_the_least_squares_similarity_to_the_template(recogniser):
     image, landmarks = a_drawing(side=100, angle_deg=25)
     template = np.float32(
-        [[0.31557, 0.46157], [0.68262, 0.46157], [0.50026, 0.64051], [0.34947, 0.82469], [0.65344, 0.82325]]
+        [[0.31557, 0.46157], [0.68262, 0.46157], [0.50026, 0.64051], [0.34947, 0.82469], [0.65344, 0.82469]]
     )
     similarity = SimilarityTransform.from_estimate(landmarks.astype(float), template * 64.0)
     aligned = cv2.warpAffine(image, similarity.params[:2], (64, 64)).astype(float)

@@ -175,10 +175,8 @@ def test_lossless_a_slow_subscriber_gets_all_and_holds_the_sender_back(endpoint)
         received: list[dict] = []
 
         def read_slowly() -> None:
-            time.sleep(1)
-            for number in range(2000):
-                received.extend(headers(subscriber, 1))
-                time.sleep(0.05 if number % 100 == 0 else 0)
+            time.sleep(2)
+            received.extend(headers(subscriber, 2000))
 
         publisher.wait_for_subscribers(1)
         reader = threading.Thread(target=read_slowly)
@@ -233,26 +231,29 @@ def test_lossless_a_frozen_subscriber_is_let_go_and_the_others_have_all(endpoint
             publisher.publish(event)
         publisher.publish(a_status())
         reader.join()
-    assert 0.5 < let_go_after < 4
+    assert 0.5 < let_go_after < 10  # over TCP it is not silent before its kernel has no room left
     assert received == list(range(1, publisher.published))
 
 
 def _publish_until_somebody_is_let_go(publisher: EventPublisher, event: types.Event, caplog) -> float:
     began = time.monotonic()
-    while " is let go" not in caplog.text and " is gone" not in caplog.text and time.monotonic() - began < 8:
+    while " is let go" not in caplog.text and time.monotonic() - began < 12:
         publisher.publish(event)
     return time.monotonic() - began
 
 
 def test_a_subscriber_frozen_behind_full_buffers_is_cut_off_though_no_ping_gets_through(tmp_path, caplog):
-    with a_publisher(f"ipc://{tmp_path}/events", silent_s=4) as publisher, a_subscriber_to_freeze(publisher) as frozen:
+    with (
+        a_publisher(f"ipc://{tmp_path}/events", silent_s=2.5) as publisher,
+        a_subscriber_to_freeze(publisher) as frozen,
+    ):
         freeze_after_the_first_event(frozen, publisher)
         caplog.set_level(logging.WARNING)
 
         let_go_after = _publish_until_somebody_is_let_go(publisher, a_heavy_face(side=4), caplog)
 
-        assert 3.5 < let_go_after < 6
-        assert "took nothing for 4 s and is let go" in caplog.text
+        assert 2 < let_go_after < 4.5
+        assert "was silent for 2 s and is let go" in caplog.text
 
 
 def _read_until_the_status(subscriber: zmq.Socket, seqs: list[int]) -> None:
@@ -273,7 +274,7 @@ def test_a_frozen_subscriber_is_let_go_even_if_next_to_nothing_is_sent(endpoint,
         freeze_after_the_first_event(frozen, publisher)
 
         began = time.monotonic()
-        while " is gone" not in caplog.text and time.monotonic() - began < 5:
+        while " is let go" not in caplog.text and time.monotonic() - began < 5:
             publisher.publish(a_status())
             time.sleep(0.1)
 
@@ -301,12 +302,44 @@ def test_a_subscriber_that_only_pauses_is_kept():
         assert publisher.wait_for_subscribers(1)
 
 
+def test_a_subscriber_that_reads_slowly_but_steadily_is_kept_and_loses_nothing(endpoint):
+    """Seconds of events wait for it, and the pings behind them: it answers those far too late."""
+    event = a_heavy_face()
+    with a_publisher(endpoint, silent_s=1.2) as publisher, a_subscriber(publisher, "", high_water=20) as subscriber:
+        received: list[dict] = []
+
+        def read_slowly() -> None:
+            for _ in range(250):
+                received.extend(headers(subscriber, 1))
+                time.sleep(0.012)
+
+        publisher.wait_for_subscribers(1)
+        reader = threading.Thread(target=read_slowly)
+        reader.start()
+        for _ in range(250):
+            publisher.publish(event)
+        publisher.close()
+        reader.join()
+
+    assert [header["seq"] for header in received] == list(range(250))
+
+
+def test_an_idle_subscriber_is_kept(endpoint):
+    with a_publisher(endpoint, silent_s=0.5) as publisher, a_subscriber(publisher, "") as subscriber:
+        publisher.wait_for_subscribers(1)
+        for _ in range(2):
+            time.sleep(0.8)
+            publisher.publish(a_face())
+
+        assert [header["seq"] for header in headers(subscriber, 2)] == [0, 1]
+
+
 def test_a_stop_ends_the_holding_back_and_what_was_not_sent_takes_no_number():
     stop = threading.Event()
     event = a_heavy_face()
     with a_publisher(stop=stop) as publisher, a_subscriber(publisher, "", high_water=1):
         publisher.wait_for_subscribers(1)
-        threading.Timer(1, stop.set).start()
+        threading.Timer(0.3, stop.set).start()
 
         began = time.monotonic()
         while publisher.publish(event):
