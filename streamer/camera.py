@@ -93,7 +93,8 @@ class Camera:
         self._undecodable = 0
         self._told: tuple[CameraState, str] | None = None
         self._decoded_at: deque[float] = deque()
-        self._lock = threading.Lock()  # over the two above, which `status` reads
+        self._moment: Moment | None = None
+        self._lock = threading.Lock()  # over the three above, which `status` reads
 
     def __repr__(self) -> str:
         return f"<Camera {self.name} {self.address}>"
@@ -130,12 +131,13 @@ class Camera:
         now = time.monotonic() if now is None else now
         with self._lock:
             state, detail = self._told or ("connecting", "")
+            moment = self._moment
             age = now - self._decoded_at[-1] if self._decoded_at else None
             recent = [at for at in self._decoded_at if at > now - FPS_WINDOW_S]
         if self.live and state == "live" and age is not None and age > STALL_S:
             state, detail = "stalled", NO_PICTURE
         drops = {"undecodable": self._undecodable} if self._undecodable else {}
-        return CameraStatus(self.name, state, _rate(recent), age, drops, detail)
+        return CameraStatus(self.name, state, _rate(recent), age, drops, detail, moment)
 
     def _live_frames(self, wanted: Callable[[float], bool]) -> Iterator[Frame]:
         failures = 0
@@ -208,13 +210,14 @@ class Camera:
 
     def _take(self, shot: _Shot, wanted: Callable[[float], bool]) -> Frame | None:
         now = time.monotonic()
+        moment = Moment(self.name, self._count, shot.pts, shot.captured_at, shot.clock)
+        self._count += 1
         with self._lock:
+            self._moment = moment
             self._decoded_at.append(now)
             while self._decoded_at[0] < now - FPS_WINDOW_S:
                 self._decoded_at.popleft()
         self._turn("live")
-        moment = Moment(self.name, self._count, shot.pts, shot.captured_at, shot.clock)
-        self._count += 1
         return Frame(moment, _image(shot.picture), now) if wanted(shot.pts) else None
 
     def _turn(self, state: CameraState, detail: str = "") -> None:
