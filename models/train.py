@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,7 +254,8 @@ class Validation:
         for name, (low, clean) in self.sets.items():
             restored = np.concatenate([restore(network, low[i : i + 8], device) for i in range(0, len(low), 8)])
             scores[name] = float(np.mean(psnr(restored, clean) - psnr(low, clean)))
-            row = np.concatenate([np.concatenate([low[i], restored[i], clean[i]], axis=1) for i in range(3)], axis=1)
+            shown = range(min(3, len(low)))
+            row = np.concatenate([np.concatenate([low[i], restored[i], clean[i]], axis=1) for i in shown], axis=1)
             rows.append(cv2.resize(row, (1152, 128 * clean.shape[1] // clean.shape[2]), interpolation=cv2.INTER_AREA))
         return scores, np.concatenate(rows)
 
@@ -312,10 +312,10 @@ def _absolute(config: TrainConfig, folder: Path) -> TrainConfig:
     """Resolve relative paths against the YAML's folder."""
     return config.model_copy(
         update={
-            "data": [folder / os.path.expandvars(path) for path in config.data],
-            "exclude": folder / config.exclude if config.exclude else None,
-            "validation": folder / config.validation,
-            "out": folder / config.out,
+            "data": [(folder / path).resolve() for path in config.data],
+            "exclude": (folder / config.exclude).resolve() if config.exclude else None,
+            "validation": (folder / config.validation).resolve(),
+            "out": (folder / config.out).resolve(),
         }
     )
 

@@ -102,6 +102,8 @@ def run(
 ) -> int:
     """Run the main job: cameras in, events out, until the files end or a SIGTERM."""
     settings = load_config(config)
+    if settings.publish.insecure:
+        logger.warning("publish.insecure: whoever reaches %s sees the faces, in clear", settings.publish.endpoint)
     stop = threading.Event()
     _stop_on_signals(stop)
     cameras = make_cameras(settings, stop)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 import re
@@ -41,18 +40,6 @@ class PublishError(ValueError):
 def new_epoch() -> str:
     """Return a name for this run that sorts by time."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S%fZ}"
-
-
-def is_loopback(endpoint: str) -> bool:
-    """Say whether what is sent to `endpoint` stays on this machine."""
-    transport, _, address = endpoint.partition("://")
-    if transport != "tcp":
-        return transport in ("ipc", "inproc")
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class EventPublisher:

@@ -17,6 +17,10 @@ from models.export import export  # noqa: E402
 from models.train import Batches, TrainConfig, train  # noqa: E402
 
 
+# torch's exporter uses what torch deprecates
+exports = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
+
+
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of crops of one face, cut at several sizes."""
@@ -82,6 +86,7 @@ def test_a_checkpoint_carries_what_makes_its_network_again(trained):
     assert state["config"]["batch"] == 2
 
 
+@exports
 def test_the_exported_network_agrees_with_torch_at_any_batch_and_size(trained, tmp_path):
     state = load_checkpoint(trained / "best.pt")
     path = tmp_path / "tiny.onnx"
@@ -98,6 +103,7 @@ def test_the_exported_network_agrees_with_torch_at_any_batch_and_size(trained, t
         assert np.abs(session.run(None, {"image": image})[0] - expected).max() < 1e-4
 
 
+@exports
 def test_the_exported_card_is_one_that_the_engines_read(trained, tmp_path):
     path = tmp_path / "tiny.onnx"
     export(load_checkpoint(trained / "best.pt"), path, name="tiny", license="test")

@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from streamer import types
-from streamer.publisher import EventPublisher, PublishError, is_loopback, new_epoch
+from streamer.publisher import EventPublisher, PublishError, new_epoch
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 LOOPBACK = "tcp://127.0.0.1:*"
@@ -473,28 +473,6 @@ def test_a_wrong_endpoint_is_refused_in_one_line(wrong):
         a_publisher(wrong)
 
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "stays"),
-    [
-        ("tcp://127.0.0.1:5556", True),
-        ("tcp://127.8.9.1:*", True),
-        ("tcp://localhost:5556", True),
-        ("tcp://[::1]:5556", True),
-        ("ipc:///run/streamer", True),
-        ("inproc://events", True),
-        ("tcp://*:5556", False),
-        ("tcp://0.0.0.0:5556", False),
-        ("tcp://[::]:5556", False),
-        ("tcp://eth0:5556", False),
-        ("tcp://192.168.1.5:5556", False),
-        ("tcp://127.0.0.1.example.com:5556", False),
-        ("epgm://127.0.0.1:5556", False),
-    ],
-)
-def test_what_stays_on_this_machine_is_loopback(endpoint, stays):
-    assert is_loopback(endpoint) is stays
 
 
 def test_epochs_sort_by_time():
