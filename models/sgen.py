@@ -53,6 +53,10 @@ class SgenConfig:
     blocks: int = 0
     """Ours: residual blocks after every feature at 1/4 size and coarser, in encoder and decoder."""
 
+    detail: int = 0
+    """Ours: width of a small path at full size beside the ensemble, 0 for none. All else goes through the 1/2^(N+1)
+    grid, which has not room for every pixel: without it nothing that is sharp can be denoised at x1."""
+
     @property
     def multiple(self) -> int:
         """Height and width of the input are multiples of this."""
@@ -61,8 +65,8 @@ class SgenConfig:
 
 PRESETS: dict[str, SgenConfig] = {
     "paper": SgenConfig(),
-    "default": SgenConfig(base=32, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1),
-    "small": SgenConfig(base=16, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1),
+    "default": SgenConfig(base=32, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1, detail=16),
+    "small": SgenConfig(base=16, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1, detail=12),
 }
 
 
@@ -105,11 +109,14 @@ class Sgen(nn.Module):
             for k in range(1, n + 1)
         )
         self.last = nn.Conv2d(level[n + 1], config.channels, config.kernel, padding=config.kernel // 2)
+        self.detail = Detail(level[n + 1], config) if config.detail else None
         self.apply(_initialise)
         for convolution in (m.second for m in self.modules() if isinstance(m, ResidualBlock)):
             nn.init.zeros_(convolution.weight)
         if config.residual:
             nn.init.zeros_(self.last.weight)
+        if self.detail is not None:
+            nn.init.zeros_(self.detail.last.weight)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.first(self.stem(image))  # x_1
@@ -123,6 +130,8 @@ class Sgen(nn.Module):
             y = self.rises[k](merge(self.decoders[k](merged[-1 - k]), y))  # Ŷ_k
 
         out = self.last(y)
+        if self.detail is not None:
+            out = out + self.detail(y, image)
         return image + out if self.config.residual else torch.tanh(out)
 
 
@@ -175,6 +184,21 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.second(F.leaky_relu(self.first(x), 0.2))
+
+
+class Detail(nn.Module):
+    """What the common grid has no room for: the image itself, seen through the ensemble's last feature."""
+
+    def __init__(self, channels: int, config: SgenConfig) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels + config.channels, config.detail, 3, padding=1)
+        self.second = nn.Conv2d(config.detail, config.detail, 3, padding=1)
+        self.last = nn.Conv2d(config.detail, config.channels, 3, padding=1)
+
+    def forward(self, feature: Tensor, image: Tensor) -> Tensor:
+        x = F.leaky_relu(self.first(torch.cat([feature, image], dim=1)), 0.2)
+        out: Tensor = self.last(F.leaky_relu(self.second(x), 0.2))
+        return out
 
 
 def _initialise(module: nn.Module) -> None:

@@ -209,7 +209,7 @@ class Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
         return _stack(low, clean, self.config.enlarge)
 
     def _camera(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        factor = int(rng.choice([4, 2, 1], p=[0.55, 0.25, 0.2]))
+        factor = int(rng.choice([4, 2, 1], p=[0.5, 0.25, 0.25]))
         side = int(rng.choice([96, 128, 160, 192, 256], p=[0.25, 0.3, 0.25, 0.15, 0.05]))
         clean = []
         for face in self._choose(rng, side):

@@ -11,7 +11,9 @@ import os
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -21,7 +23,7 @@ from streamer import demo_clip, wire
 from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
 from streamer.config import StreamerConfig
 from streamer.metrics import Metrics
-from streamer.pipeline import Stages
+from streamer.pipeline import CROPS_A_BATCH, FRAMES_A_BATCH, Stages
 from streamer.router import NONE
 from streamer.types import Crop, Detections, FaceIdentified, Frame, Restoration
 
@@ -31,7 +33,7 @@ Result = TypeVar("Result")
 def bench(store: ModelStore, *, runs: int = 5, clip: Path | None = None) -> Iterator[str]:
     """Yield lines to print: a table of CPU seconds by stage, then JSON with the medians.
 
-    `clip` is played by two cameras; by default the demo's.
+    `clip` is played by two cameras; by default the demo's. Raises CameraError where it is no film.
     """
     with tempfile.TemporaryDirectory() as folder:
         if clip is None:
@@ -43,6 +45,8 @@ def bench(store: ModelStore, *, runs: int = 5, clip: Path | None = None) -> Iter
                 "publish": {"endpoint": f"ipc://{folder}/events"},
             }
         )
+        for camera in make_cameras(config, threading.Event()):
+            camera.inspect()
         networks = Networks(store, backend=config.engine.backend)
         results = []
         for number in range(1, runs + 1):
@@ -54,8 +58,9 @@ def bench(store: ModelStore, *, runs: int = 5, clip: Path | None = None) -> Iter
 
 def _run(config: StreamerConfig, networks: Networks) -> dict[str, float]:
     alone = _alone(config, load_stages(config, networks))
-    stop, metrics, cameras = threading.Event(), Metrics(), make_cameras(config, threading.Event())
-    pipeline = make_pipeline(config, cameras, load_stages(config, networks), metrics=metrics, stop=stop)
+    stop, metrics = threading.Event(), Metrics()
+    stages, cameras = load_stages(config, networks), make_cameras(config, stop)
+    pipeline = make_pipeline(config, cameras, stages, metrics=metrics, stop=stop)
     stolen, started = _stolen_s(), time.perf_counter()
     pipeline.run()
     wall = time.perf_counter() - started
@@ -69,30 +74,31 @@ def _run(config: StreamerConfig, networks: Networks) -> dict[str, float]:
 
 
 def _alone(config: StreamerConfig, stages: Stages) -> dict[str, float]:
-    """Return the CPU seconds of each stage, one after the other."""
-    cameras = make_cameras(config, threading.Event())
-    seconds: dict[str, float] = {}
-    frames = _timed(seconds, "read", lambda: [list(camera.frames()) for camera in cameras])
-    together = [frame for pair in zip(*frames, strict=True) for frame in pair]
-    found = _timed(seconds, "detect", lambda: _detect(stages, together))
-    crops = _timed(seconds, "track", lambda: _follow(stages, together, found))
-    identified = _timed(seconds, "restore", lambda: _identify(stages, crops))
-    _timed(seconds, "publish", lambda: [_encode(event) for event in identified])
-    return seconds
+    """Return the CPU seconds of each stage, one stage at a time, in batches as the pipeline makes them."""
+    seconds: dict[str, float] = defaultdict(float)
+    readers = [camera.frames() for camera in make_cameras(config, threading.Event())]
+    waiting: list[Crop] = []
+    while frames := _timed(seconds, "read", lambda: _next_frames(readers)):
+        found = _timed(seconds, "detect", partial(stages.detector.detect, [frame.image for frame in frames]))
+        waiting += _timed(seconds, "track", partial(_follow, stages, frames, found))
+        while len(waiting) >= CROPS_A_BATCH:
+            _identify(seconds, stages, waiting[:CROPS_A_BATCH])
+            del waiting[:CROPS_A_BATCH]
+    _identify(seconds, stages, waiting)
+    return dict(seconds)
+
+
+def _next_frames(readers: list[Iterator[Frame]]) -> list[Frame]:
+    """Return the next frames of each camera, in turn, as many as the pipeline looks at in one go."""
+    rounds = [[next(reader, None) for reader in readers] for _ in range(FRAMES_A_BATCH // len(readers))]
+    return [frame for frames in rounds for frame in frames if frame is not None]
 
 
 def _timed(seconds: dict[str, float], stage: str, work: Callable[[], Result]) -> Result:
     started = time.process_time()
     result = work()
-    seconds[stage] = time.process_time() - started
+    seconds[stage] += time.process_time() - started
     return result
-
-
-def _detect(stages: Stages, frames: list[Frame]) -> list[Detections]:
-    found: list[Detections] = []
-    for index in range(0, len(frames), 2):
-        found += stages.detector.detect([frame.image for frame in frames[index : index + 2]])
-    return found
 
 
 def _follow(stages: Stages, frames: list[Frame], found: list[Detections]) -> list[Crop]:
@@ -103,16 +109,26 @@ def _follow(stages: Stages, frames: list[Frame], found: list[Detections]) -> lis
     return crops
 
 
-def _identify(stages: Stages, crops: list[Crop]) -> list[FaceIdentified]:
-    events = []
-    for crop in crops:
-        route, restoration = stages.router.route(crop), None
-        if stages.restorer is not None and route.restorer != NONE:
-            ((image, scale),) = stages.restorer.restore([crop.image])
-            engine = stages.restorer.engine
-            restoration = Restoration(image, route.restorer, engine.sha256, scale, engine.backend, engine.precision)
-        events.append(FaceIdentified(crop, route, restoration, None, "no embedder is configured"))
-    return events
+def _identify(seconds: dict[str, float], stages: Stages, crops: list[Crop]) -> None:
+    """Restore and encode a batch of crops."""
+    if crops:
+        events = _timed(seconds, "restore", partial(_restored, stages, crops))
+        _timed(seconds, "publish", lambda: [_encode(event) for event in events])
+
+
+def _restored(stages: Stages, crops: list[Crop]) -> list[FaceIdentified]:
+    routes = [stages.router.route(crop) for crop in crops]
+    restorations: list[Restoration | None] = [None] * len(crops)
+    chosen = [index for index, route in enumerate(routes) if route.restorer != NONE]
+    if stages.restorer is not None and chosen:
+        engine = stages.restorer.engine
+        for index, (image, scale) in zip(
+            chosen, stages.restorer.restore([crops[index].image for index in chosen]), strict=True
+        ):
+            restorations[index] = Restoration(
+                image, engine.card.name, engine.sha256, scale, engine.backend, engine.precision
+            )
+    return [FaceIdentified(*each, None, "bench") for each in zip(crops, routes, restorations, strict=True)]
 
 
 def _encode(event: FaceIdentified) -> list[bytes]:

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -104,14 +104,15 @@ def run(
     settings = load_config(config)
     if settings.publish.insecure:
         logger.warning("publish.insecure: whoever reaches %s sees the faces, in clear", settings.publish.endpoint)
+    _on_signals(lambda: sys.exit(DONE))
     stop = threading.Event()
-    _stop_on_signals(stop)
     cameras = make_cameras(settings, stop)
     _inspect([camera for camera in cameras if not camera.live])
     stages = _load(settings, offline)
     metrics = Metrics()
     pipeline = make_pipeline(settings, cameras, stages, metrics=metrics, stop=stop)
 
+    _on_signals(stop.set)
     started = time.monotonic()
     pipeline.run(duration)
     for line in _details(metrics):
@@ -274,14 +275,14 @@ def _inspect(cameras: list[Camera], *, tell: bool = False) -> None:
         raise CameraError("\n".join(mistakes))
 
 
-def _stop_on_signals(stop: threading.Event) -> None:
-    """The first SIGTERM or SIGINT ends the run in order, the second kills."""
+def _on_signals(act: Callable[[], object]) -> None:
+    """The first SIGTERM or SIGINT does `act`, the second kills."""
 
     def on_signal(number: int, _: object) -> None:
-        logger.info("%s: ending", signal.Signals(number).name)
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
-        stop.set()
+        print(f"streamer: {signal.Signals(number).name}: ending", file=sys.stderr)
+        act()
 
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, on_signal)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -14,31 +15,39 @@ class Closed(Exception):
     """The inbox was closed: nothing more is taken in."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)  # items hold arrays, which cannot be compared
+class _Waiting(Generic[Item]):
+    item: Item
+    number: int
+    """In the order of arrival, over all lanes."""
+    keep: bool
+
+
 class Inbox(Generic[Item]):
     """Lanes of items, taken in turn, so that a busy lane does not crowd out a quiet one.
 
-    Where a lane has no room: with `wait` the sender waits and nothing is lost (files); otherwise the lane's oldest item
-    that may be dropped gives way to the newest (live). Items put with `keep` are never dropped and never wait.
+    Each lane has room for `room` items, all together for `total`. Where there is none, a sender that may wait does
+    (files: nothing is lost); for one that may not, the lane's oldest gives way, or, where all is full, the oldest of any
+    lane (live). What is put with `keep` neither waits nor gives way.
     """
 
-    def __init__(self, *, room: int, wait: bool, total: int | None = None) -> None:
-        """`room` items a lane; with `wait` also `total` over all lanes, where many short lanes would add up."""
-        self._room, self._wait, self._total = room, wait, total
-        self._lanes: dict[Hashable, deque[tuple[Item, bool]]] = {}
+    def __init__(self, *, room: int, total: int) -> None:
+        self._room, self._total = room, total
+        self._lanes: dict[Hashable, deque[_Waiting[Item]]] = {}
         self._turn: deque[Hashable] = deque()
-        self._count = 0
+        self._count = self._arrived = 0
         self._closed = False
         self._changed = threading.Condition()
 
-    def put(self, lane: Hashable, item: Item, *, keep: bool = False) -> Item | None:
+    def put(self, lane: Hashable, item: Item, *, wait: bool, keep: bool = False) -> Item | None:
         """Add an item; return the one that gave way to it, or None. Raises Closed once the inbox is closed."""
         with self._changed:
-            while self._wait and not keep and not self._closed and self._full(lane):
+            while wait and not keep and not self._closed and self._is_full(lane):
                 self._changed.wait()
             if self._closed:
                 raise Closed
-            dropped = None if self._wait or keep else self._give_way(lane)
-            self._append(lane, item, keep)
+            dropped = self._give_way(lane) if not keep and self._is_full(lane) else None
+            self._append(lane, _Waiting(item, self._arrived, keep))
             self._changed.notify_all()
             return dropped
 
@@ -64,34 +73,40 @@ class Inbox(Generic[Item]):
         with self._changed:
             return self._count
 
-    def _full(self, lane: Hashable) -> bool:
-        too_many = self._total is not None and self._count >= self._total
-        return too_many or len(self._lanes.get(lane, ())) >= self._room
+    def _is_full(self, lane: Hashable) -> bool:
+        return self._count >= self._total or len(self._lanes.get(lane, ())) >= self._room
 
     def _give_way(self, lane: Hashable) -> Item | None:
-        waiting = self._lanes.get(lane, deque())
-        loose = [index for index, (_, kept) in enumerate(waiting) if not kept]
-        if len(loose) < self._room:
+        """Remove the oldest that may go: of this lane, else of any."""
+        own = self._oldest_loose(lane)
+        loose = [own] if own else [each for each in map(self._oldest_loose, self._lanes) if each]
+        if not loose:
             return None
-        dropped, _ = waiting[loose[0]]
-        del waiting[loose[0]]
+        oldest, its_lane = min(loose, key=lambda each: each[0].number)
+        self._lanes[its_lane].remove(oldest)
         self._count -= 1
-        return dropped
+        if not self._lanes[its_lane]:
+            del self._lanes[its_lane]
+            self._turn.remove(its_lane)
+        return oldest.item
 
-    def _append(self, lane: Hashable, item: Item, keep: bool) -> None:
+    def _oldest_loose(self, lane: Hashable) -> tuple[_Waiting[Item], Hashable] | None:
+        return next(((each, lane) for each in self._lanes.get(lane, ()) if not each.keep), None)
+
+    def _append(self, lane: Hashable, waiting: _Waiting[Item]) -> None:
         if lane not in self._lanes:
             self._lanes[lane] = deque()
             self._turn.append(lane)
-        self._lanes[lane].append((item, keep))
+        self._lanes[lane].append(waiting)
         self._count += 1
+        self._arrived += 1
 
     def _next(self) -> Item:
         lane = self._turn.popleft()
-        waiting = self._lanes[lane]
-        item, _ = waiting.popleft()
+        waiting = self._lanes[lane].popleft()
         self._count -= 1
-        if waiting:
+        if self._lanes[lane]:
             self._turn.append(lane)
         else:
             del self._lanes[lane]
-        return item
+        return waiting.item

@@ -45,10 +45,17 @@ from streamer.types import (
 
 logger = logging.getLogger(__name__)
 
+FRAMES_A_BATCH = 8
+CROPS_A_BATCH = 8  # more would gain little on a CPU, and a stop waits for one batch
 STATUS_EVERY_S = 5.0
 _LOOK_EVERY_S = 0.25
-_FRAMES_A_BATCH = 8
-_CROPS_A_BATCH = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """Takes a frame's place when a camera ends, or gives no picture: its tracks end."""
+
+    camera: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,40 +109,66 @@ class Pipeline:
         self._stages, self._publisher = stages, publisher
         self._stop, self._wait_for, self._stale_after_s = stop, wait_for, stale_after_s
         self._live = any(camera.live for camera in cameras)
-        files_only = not self._live
-        self._frames: Inbox[Frame] = Inbox(room=4 if files_only else 1, wait=files_only)
-        self._faces: Inbox[FaceAppeared | Crop | FaceLeft] = Inbox(room=2, wait=files_only, total=64)
-        self._events: Inbox[Event] = Inbox(room=16, wait=files_only, total=256)
+        self._frames: Inbox[Frame | Silence] = Inbox(room=1 if self._live else 4, total=4 * len(cameras))
+        self._faces: Inbox[FaceAppeared | Crop | FaceLeft] = Inbox(room=2, total=64)
+        self._events: Inbox[Event] = Inbox(room=4 * CROPS_A_BATCH, total=256)
         self._open_readers = len(cameras)
         self._readers_lock = threading.Lock()
-        self._source_may_start = threading.Event()
+        self._awaited = threading.Event()
+        """Set once the subscribers that are waited for are there, or never will be."""
 
     def run(self, duration_s: float | None = None) -> None:
-        """Run to the end; raises what ended a worker early."""
+        """Run to the end, for `duration_s` at most; raises what ended a worker early."""
+        ends_at = None if duration_s is None else time.monotonic() + duration_s
         publish = Worker("publish", self._publish, self._stop)
-        identify = Worker("identify", self._identify, self._stop)
-        watch = Worker("watch", self._watch, self._stop)
-        readers = [
-            Worker(f"read {each.name}", partial(self._read, each), self._stop) for each in self._cameras.values()
+        workers = [
+            *(Worker(f"read {each.name}", partial(self._read, each), self._stop) for each in self._cameras.values()),
+            Worker("watch", self._watch, self._stop),
+            Worker("identify", self._identify, self._stop),
         ]
         publish.start()
-        while not self._source_may_start.wait(_LOOK_EVERY_S) and publish.is_alive():
-            pass
-
-        workers = [*readers, watch, identify]
-        self._system("starting")
-        for worker in workers:
-            worker.start()
-        self._system("ready")
-        self._attend(workers, duration_s)
-        for worker in workers:
-            worker.join()
-        self._system("ended")
-        self._events.close()
-        publish.join()
+        try:
+            while not self._awaited.wait(_LOOK_EVERY_S):
+                self._look_at_clock(ends_at)
+            if not self._stop.is_set():
+                self._work(workers, ends_at)
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            for worker in workers:
+                if worker.ident is not None:
+                    worker.join()
+            self._events.close()
+            publish.join()
         for worker in [*workers, publish]:
             if worker.error is not None:
                 raise worker.error
+
+    def _work(self, workers: Sequence[Worker], ends_at: float | None) -> None:
+        """Start the workers and report, from outside the decoders, how cameras and box do until all are done."""
+        self._report_system("starting")
+        for worker in workers:
+            worker.start()
+        self._report_system("ready")
+        reported: dict[str, tuple[str, str]] = {}
+        next_report = time.monotonic()
+        state: SystemState = "ready"
+        while any(worker.is_alive() for worker in workers):
+            time.sleep(_LOOK_EVERY_S / 5 if state == "stopping" else _LOOK_EVERY_S)
+            self._look_at_clock(ends_at)
+            due = time.monotonic() >= next_report
+            self._report_cameras(reported, due=due)
+            if self._stop.is_set() and state != "stopping":
+                state, due = "stopping", True
+            if due:
+                next_report = time.monotonic() + STATUS_EVERY_S
+                self._report_system(state)
+        self._report_cameras(reported, due=False)
+
+    def _look_at_clock(self, ends_at: float | None) -> None:
+        if ends_at is not None and time.monotonic() >= ends_at:
+            self._stop.set()
 
     # -- threads
 
@@ -143,8 +176,10 @@ class Pipeline:
         try:
             for frame in camera.frames():
                 self.metrics.count("frames")
-                if self._frames.put(camera.name, frame) is not None:
-                    self.metrics.drop(camera.name, "overtaken")
+                overtaken = self._frames.put(camera.name, frame, wait=not camera.live)
+                if isinstance(overtaken, Frame):
+                    self.metrics.drop(overtaken.moment.camera, "overtaken")
+            self._frames.put(camera.name, Silence(camera.name), wait=False, keep=True)
         finally:
             with self._readers_lock:
                 self._open_readers -= 1
@@ -153,15 +188,14 @@ class Pipeline:
 
     def _watch(self) -> None:
         try:
-            while frames := self._frames.take(_FRAMES_A_BATCH):
-                frames = [frame for frame in frames if self._wanted(frame)]
-                if not frames:
-                    continue
-                with self.metrics.stage("detect", len(frames)):
-                    found = self._stages.detector.detect([frame.image for frame in frames])
-                with self.metrics.stage("track", len(frames)):
-                    for frame, detections in zip(frames, found, strict=True):
-                        self._follow(frame, detections)
+            while items := self._frames.take(FRAMES_A_BATCH):
+                items = [item for item in items if isinstance(item, Silence) or self._wanted(item)]
+                found = iter(self._detect([item for item in items if isinstance(item, Frame)]))
+                for item in items:
+                    if isinstance(item, Silence):
+                        self._leave(self._stages.trackers[item.camera].finish())
+                    else:
+                        self._follow(item, next(found))
             for tracker in self._stages.trackers.values():
                 self._leave(tracker.finish())
         finally:
@@ -170,7 +204,7 @@ class Pipeline:
 
     def _identify(self) -> None:
         try:
-            while items := self._faces.take(_CROPS_A_BATCH):
+            while items := self._faces.take(CROPS_A_BATCH):
                 crops = [item for item in items if isinstance(item, Crop)]
                 if self._stop.is_set():
                     for crop in crops:
@@ -188,14 +222,18 @@ class Pipeline:
     def _publish(self) -> None:
         try:
             with self._publisher as publisher:
-                publisher.wait_for_subscribers(self._wait_for)
-                self._source_may_start.set()
-                while events := self._events.take(_CROPS_A_BATCH):
+                if not publisher.wait_for_subscribers(self._wait_for):
+                    return
+                self._awaited.set()
+                while events := self._events.take(CROPS_A_BATCH):
                     for event in events:
                         with self.metrics.stage("publish", 1):
                             sent = publisher.publish(event)
                         self.metrics.count("published" if sent else "unsent")
+                publisher.publish(self._system_status("ended"))
+                self.metrics.count("published")
         finally:
+            self._awaited.set()
             self._events.close()
 
     # -- what they do
@@ -213,23 +251,32 @@ class Pipeline:
             return False
         return True
 
+    def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
+        if not frames:
+            return []
+        with self.metrics.stage("detect", len(frames)):
+            return self._stages.detector.detect([frame.image for frame in frames])
+
     def _follow(self, frame: Frame, detections: Detections) -> None:
         self.metrics.count("detected")
         camera = frame.moment.camera
-        update = self._stages.trackers[camera].update(frame.moment, detections)
+        with self.metrics.stage("track", 1):
+            update = self._stages.trackers[camera].update(frame.moment, detections)
+            crops = self._stages.selector.select(frame, update.tracks)
         for track in update.appeared:
             self.metrics.count("faces")
-            self._faces.put((camera, track.id), FaceAppeared(track), keep=self._live)
-        for crop in self._stages.selector.select(frame, update.tracks):
-            if self._faces.put((camera, crop.track.id), crop) is not None:
-                self.metrics.drop(camera, "restorer busy")
+            self._faces.put((camera, track.id), FaceAppeared(track), wait=not self._live, keep=self._live)
+        for crop in crops:
+            dropped = self._faces.put((camera, crop.track.id), crop, wait=not self._live)
+            if dropped is not None:
+                self.metrics.drop(dropped.track.moment.camera, "restorer busy")
         self._leave(update.left)
 
     def _leave(self, tracks: Sequence[Track]) -> None:
         for track in tracks:
             camera = track.moment.camera
             self._stages.selector.forget(camera, track.id)
-            self._faces.put((camera, track.id), FaceLeft(track), keep=self._live)
+            self._faces.put((camera, track.id), FaceLeft(track), wait=not self._live, keep=self._live)
 
     def _identified(self, crops: Sequence[Crop]) -> list[FaceIdentified]:
         """Route, restore and embed one batch of crops."""
@@ -282,39 +329,28 @@ class Pipeline:
 
     # -- status
 
-    def _attend(self, workers: Sequence[Worker], duration_s: float | None) -> None:
-        """Report, from outside the decoders, how cameras and box do, until all workers are done."""
-        ends = None if duration_s is None else time.monotonic() + duration_s
-        reported: dict[str, tuple[str, str]] = {}
-        next_report = time.monotonic()
-        stopping = False
-        while any(worker.is_alive() for worker in workers):
-            if self._stop.wait(_LOOK_EVERY_S) and not stopping:
-                stopping = True
-                self._system("stopping")
-            elif stopping:
-                time.sleep(_LOOK_EVERY_S / 5)
-            now = time.monotonic()
-            if ends is not None and now >= ends:
-                self._stop.set()
-            due = now >= next_report
-            self._report_cameras(reported, due)
-            if due:
-                next_report = now + STATUS_EVERY_S
-                self._system("stopping" if stopping else "ready")
-        self._report_cameras(reported, False)
-
-    def _report_cameras(self, reported: dict[str, tuple[str, str]], due: bool) -> None:
+    def _report_cameras(self, reported: dict[str, tuple[str, str]], *, due: bool) -> None:
         drops = self.metrics.drops()
         for name, camera in self._cameras.items():
             status = camera.status()
-            status = replace(status, drops={**drops.get(name, {}), **status.drops})
-            if due or reported.get(name) != (status.state, status.detail):
-                reported[name] = (status.state, status.detail)
-                with suppress(Closed):
-                    self._emit(name, status)
+            changed = reported.get(name) != (status.state, status.detail)
+            with suppress(Closed):  # somebody failed, and run will say why
+                if changed and status.state in ("lost", "stalled"):
+                    self._frames.put(name, Silence(name), wait=False, keep=True)
+                if changed or due:
+                    reported[name] = (status.state, status.detail)
+                    self._emit(name, replace(status, drops={**drops.get(name, {}), **status.drops}))
 
-    def _system(self, state: SystemState) -> None:
+    def _report_system(self, state: SystemState) -> None:
+        with suppress(Closed):
+            self._emit("", self._system_status(state))
+
+    def _system_status(self, state: SystemState) -> SystemStatus:
+        parts = {
+            "detector": self._stages.detector,
+            "restorer": self._stages.restorer,
+            "embedder": self._stages.embedder,
+        }
         engines = {
             stage: {
                 "model": part.engine.card.name,
@@ -323,20 +359,16 @@ class Pipeline:
                 "precision": part.engine.precision,
                 "license": part.engine.card.license,
             }
-            for stage, part in (
-                ("detector", self._stages.detector),
-                ("restorer", self._stages.restorer),
-                ("embedder", self._stages.embedder),
-            )
+            for stage, part in parts.items()
             if part is not None
         }
         batches, seconds, counts = self.metrics.batch_sizes(), self.metrics.stage_seconds(), self.metrics.counts()
-        with suppress(Closed):
-            self._emit("", SystemStatus(state, __version__, engines, batches, seconds, counts))
+        return SystemStatus(state, __version__, engines, batches, seconds, counts)
 
     def _emit(self, lane: str, event: Event) -> None:
         """Hand an event to the publisher. Live, only identified faces may be dropped; a status never waits."""
         status = isinstance(event, CameraStatus | SystemStatus)
         keep = status or (self._live and not isinstance(event, FaceIdentified))
-        if self._events.put(lane, event, keep=keep) is not None:
-            self.metrics.drop(lane, "publisher busy")
+        dropped = self._events.put(lane, event, wait=not self._live, keep=keep)
+        if isinstance(dropped, FaceIdentified):
+            self.metrics.drop(dropped.crop.track.moment.camera, "publisher busy")

@@ -8,7 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
+from skimage.data import astronaut
 
 BITS = 12
 
@@ -79,3 +81,16 @@ def write_video(
                 container.mux(sound.encode(silence))
             container.mux(sound.encode(None))
     return path
+
+
+def walk(frames: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Return (256, 448, 3) pictures of a person who crosses a grey wall; the face is about 50 px high."""
+    person = np.ascontiguousarray(astronaut()[0:300, 90:390, ::-1])
+    person = cv2.resize(person, (150, 150), interpolation=cv2.INTER_AREA)
+    wall = np.random.default_rng(seed).normal(120, 3, (256, 448, 3)).clip(0, 255).astype(np.uint8)
+    images = []
+    for index in range(frames):
+        image, left = wall.copy(), 20 + 4 * (index % 60)
+        image[50:200, left : left + 150] = person
+        images.append(image)
+    return images

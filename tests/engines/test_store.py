@@ -63,6 +63,14 @@ def test_a_path_that_is_no_file_is_named(store: ModelStore, tmp_path: Path, sour
         store.find(source, tmp_path)
 
 
+def test_a_file_that_cannot_be_read_is_refused_in_one_line(store: ModelStore, tmp_path: Path) -> None:
+    path = tmp_path / "unreadable.onnx"
+    path.symlink_to("/proc/self/mem")  # root reads whatever its mode forbids, but not this
+
+    with pytest.raises(CardError, match=r"unreadable\.onnx: Input/output error$"):
+        store.find(str(path))
+
+
 def test_a_relative_path_begins_where_the_config_lies(
     store: ModelStore, make_network: Networks, card: NetworkCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

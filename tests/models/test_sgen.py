@@ -45,6 +45,20 @@ def test_every_variant_keeps_the_size_and_every_weight_learns(n, ensemble, down,
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
 
 
+def test_the_detail_path_adds_to_what_the_ensemble_gives():
+    torch.manual_seed(0)
+    network = Sgen(SgenConfig(base=4, detail=4, residual=True))
+    image = torch.rand(2, 3, 32, 32)
+    before = network(image)
+    torch.nn.init.normal_(network.detail.last.weight)
+
+    after = network(image)
+    after.square().mean().backward()
+
+    assert not torch.allclose(before, after)
+    assert all(p.grad.abs().sum() > 0 for p in network.detail.parameters())
+
+
 @pytest.mark.parametrize("preset", ["default", "small"])
 def test_an_untrained_residual_preset_gives_its_input_back(preset):
     network = Sgen(replace(PRESETS[preset], base=4))

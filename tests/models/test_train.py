@@ -16,7 +16,6 @@ from models.dataset import load_faces  # noqa: E402
 from models.export import export  # noqa: E402
 from models.train import Batches, TrainConfig, train  # noqa: E402
 
-
 # torch's exporter uses what torch deprecates
 exports = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
 

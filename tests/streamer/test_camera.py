@@ -172,6 +172,14 @@ def test_what_is_no_video_is_refused_in_one_line(tmp_path: Path, name: str, make
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.parametrize("make", [lambda path: path, lambda path: write_video(path, frames=60, b_frames=2, audio_s=1)])
+def test_an_inspection_that_is_stopped_complains_of_nothing(tmp_path: Path, make):
+    stop = threading.Event()
+    stop.set()
+
+    assert Camera("door", str(make(tmp_path / "film.mp4")), stop=stop).inspect() is None
+
+
 @pytest.mark.parametrize(("suffix", "options"), [("mkv", {}), ("mp4", {"movflags": "faststart"}), ("flv", {})])
 def test_a_file_that_breaks_off_gives_what_it_has_and_says_so(
     tmp_path: Path, suffix: str, options: dict[str, str], caplog: pytest.LogCaptureFixture

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
+import zmq
 from media import write_video
+from onnx import TensorProto, helper
 from skimage.data import astronaut
 
+from engines.card import CARD_KEY
+from engines.store import default_store
+from streamer import types, wire
 from streamer.cli import main
 
 PHOTO = np.ascontiguousarray(astronaut()[..., ::-1])
@@ -47,6 +58,71 @@ def config(tmp_path: Path, film: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@contextmanager
+def publishing(endpoint: str, *messages: list[bytes]) -> Iterator[None]:
+    """Send messages as soon as somebody listens."""
+    with zmq.Context() as context, context.socket(zmq.XPUB) as socket, ThreadPoolExecutor(1) as pool:
+        socket.bind(endpoint)
+        socket.rcvtimeo = 10_000
+
+        def send() -> None:
+            while socket.recv() != b"\1":  # the subscription to all topics
+                pass
+            for message in messages:
+                socket.send_multipart(message)
+
+        sent = pool.submit(send)
+        yield
+        sent.result()
+
+
+def message(event: types.Event, seq: int) -> list[bytes]:
+    now = datetime.now(UTC)
+    return wire.encode(event, stream="box", epoch="e1", seq=seq, topic_seq=0, published_at=now)
+
+
+def an_identified_face() -> types.FaceIdentified:
+    moment = types.Moment("hall", 12, 0.48, datetime.now(UTC), "file")
+    track = types.Track(4, moment, np.zeros(4), np.zeros((5, 2)), 0.9)
+    crop = types.Crop(track, PHOTO[:20, :20].copy(), np.eye(2, 3), types.Quality(23.4, 8, 0.5, 3, 0, 0, 0))
+    return types.FaceIdentified(crop, types.Route("none", "the face is large"), None, None, "no embedder")
+
+
+ENDED = message(types.SystemStatus("ended", "1", {}, {}, {}, {}), 9)
+
+
+@pytest.fixture
+def unloadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Instead of sgen-small: an ONNX with its card, of an operator that nobody has."""
+    image = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ("n", 3, "h", "w")) for name in ("image", "out")]
+    graph = helper.make_graph([helper.make_node("Conjure", ["image"], ["out"])], "wrong", image[:1], image[1:])
+    network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    card = default_store().find("sgen-small").card.model_dump(mode="json")
+    for side, name in (("inputs", "image"), ("outputs", "out")):
+        card[side] = [{"name": name, "layout": "NCHW", "shape": ["n", 3, "h", "w"]}]
+    network.metadata_props.add(key=CARD_KEY, value=json.dumps(card))
+    folder = tmp_path / "networks"
+    folder.mkdir()
+    onnx.save(network, folder / "sgen-small.onnx")
+    monkeypatch.setenv("STREAMER_MODELS", str(folder))
+    return folder / "sgen-small.onnx"
+
+
+def interrupted(*arguments: object, when: Callable[[subprocess.Popen[str]], object]) -> tuple[int, str]:
+    """Press Ctrl-C; return exit code and errors."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "streamer.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        when(process)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    return process.returncode, err
 
 
 def refused(answer: tuple[int, str, str], *words: str) -> None:
@@ -102,6 +178,30 @@ def test_a_camera_out_of_reach_fails_the_check(streamer, config):
     refused(streamer("check", config(url="rtsp://user:hush@127.0.0.1:9/stream")), "door")
 
 
+def test_check_tells_of_cameras_and_networks_together(streamer, config, tmp_path):
+    answer = streamer("check", config("detector: {model: ./none.onnx}\n", url="rtsp://127.0.0.1:9/stream"))
+
+    refused(answer, "door")
+    refused(answer, "none.onnx")
+
+
+def test_a_film_that_breaks_off_is_told_at_every_log_level(streamer, config, tmp_path):
+    film = write_video(tmp_path / "cut.mp4", frames=50, options={"movflags": "faststart"})
+    os.truncate(film, film.stat().st_size * 6 // 10)
+
+    code, out, err = streamer("--log-level", "error", "run", config(url=film), "--offline")
+
+    assert code == 1
+    assert out.startswith("frames ") and not out.startswith("frames 0")
+    assert len(err.splitlines()) == 1
+    assert err.startswith("streamer: door") and "breaks off" in err
+
+
+@pytest.mark.parametrize("duration", ["nan", "-1", "inf", "1e300"])
+def test_a_duration_that_is_none_is_refused(streamer, config, duration):
+    refused(streamer("run", config(), "--duration", duration), "--duration")
+
+
 def test_a_password_never_shows(streamer, config):
     _, out, err = streamer("check", config(url="rtsp://user:hush@127.0.0.1:9/stream"))
 
@@ -141,6 +241,65 @@ def test_wrong_words_on_the_command_line_are_one_line_each(streamer, arguments):
 
 def test_a_subscriber_cannot_listen_to_nonsense(streamer):
     refused(streamer("listen", "nonsense"), "nonsense")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(streamer, tmp_path):
+    (tmp_path / "file").touch()
+    cv2.imwrite(str(tmp_path / "a.png"), PHOTO[:64, :64])
+
+    refused(streamer("listen", "--save", tmp_path / "file" / "x"), "--save", "Not a directory")
+    refused(streamer("listen", "--save", tmp_path / "file"), "--save", "File exists")
+    refused(streamer("restore", tmp_path / "a.png", "--out", tmp_path / "file" / "x"), "--out", "Not a directory")
+
+
+def test_listen_passes_over_what_is_no_event(streamer, tmp_path):
+    endpoint = f"ipc://{tmp_path}/events"
+
+    with publishing(endpoint, [b"weather", b"rain"], message(an_identified_face(), 1), ENDED):
+        code, out, err = streamer("listen", endpoint, "--json")
+
+    assert code == 0
+    assert [json.loads(line)["kind"] for line in out.splitlines()] == ["face.identified", "system.status"]
+    assert "Traceback" not in err
+
+
+def test_listen_ends_with_one_line_where_it_cannot_save(streamer, tmp_path):
+    endpoint = f"ipc://{tmp_path}/events"
+    (tmp_path / "saved" / "e1_hall_0004_000012.png").mkdir(parents=True)
+
+    with publishing(endpoint, message(an_identified_face(), 1), ENDED):
+        code, _, err = streamer("listen", endpoint, "--save", tmp_path / "saved")
+
+    assert code == 1
+    assert [line for line in err.splitlines() if line.startswith("streamer: ")] == [
+        f"streamer: --save {tmp_path}/saved: Is a directory"
+    ]
+
+
+def test_ctrl_c_is_the_ordinary_end_of_listen(tmp_path):
+    endpoint = f"ipc://{tmp_path}/events"
+
+    def is_told(listener: subprocess.Popen[str]) -> None:
+        with publishing(endpoint, message(an_identified_face(), 1)):
+            assert "hall" in listener.stdout.readline()
+
+    code, err = interrupted("listen", endpoint, when=is_told)
+
+    assert code == 0
+    assert err.strip() == ""
+
+
+def test_ctrl_c_fails_what_was_not_finished(tmp_path):
+    for number in range(200):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), PHOTO[:64, :64])
+
+    code, err = interrupted(
+        "restore", tmp_path, "--crops", "--out", tmp_path / "out", when=lambda it: it.stdout.readline()
+    )
+
+    assert code == 1
+    assert err.strip().splitlines()[-1] == "streamer: interrupted"
+    assert "Traceback" not in err
 
 
 def test_check_says_what_a_run_would_do(streamer, config):
@@ -186,7 +345,14 @@ def test_restore_writes_crop_restoration_and_the_photo_put_together(streamer, tm
     ]  # fmt: skip
     crop, restored = (cv2.imread(str(out / f"astronaut.face1.{kind}.png")) for kind in ("crop", "restored"))
     assert restored.shape[0] in (crop.shape[0] * 2, crop.shape[0] * 4)
-    assert cv2.imread(str(out / "astronaut.restored.png")).shape == (160, 160, 3)
+    photo, whole = cv2.imread(str(small)), cv2.imread(str(out / "astronaut.restored.png"))
+    likeness = cv2.matchTemplate(photo, crop, cv2.TM_SQDIFF)
+    _, _, (x, y), _ = cv2.minMaxLoc(likeness)
+    square = slice(y, y + len(crop)), slice(x, x + len(crop))
+    changed = (whole != photo).any(2)
+    assert changed[square].mean() > 0.5
+    changed[square] = False
+    assert not changed.any()
     assert "sgen-small" in told
 
 
@@ -199,6 +365,30 @@ def test_restore_takes_crops_of_any_aspect_as_they_are(streamer, tmp_path):
 
     assert cv2.imread(str(tmp_path / "out/crop.png")).shape == (160, 136, 3)
     assert np.array_equal(cv2.imread(str(tmp_path / "same/crop.png")), cv2.imread(str(crop)))
+
+
+def test_restore_never_overwrites_its_inputs(streamer, tmp_path):
+    crop, photo = tmp_path / "crops" / "a.png", tmp_path / "photos" / "a.png"
+    for path in (crop, photo):
+        path.parent.mkdir()
+        cv2.imwrite(str(path), cv2.resize(PHOTO, (160, 160), interpolation=cv2.INTER_AREA))
+    before = crop.read_bytes()
+
+    refused(streamer("restore", crop.parent, "--crops", "--out", crop.parent), "a.png", "--out")
+    assert crop.read_bytes() == before
+
+    assert streamer("restore", photo.parent, "--out", photo.parent)[0] == 0
+    written = {path.name: path.read_bytes() for path in photo.parent.iterdir()}
+    refused(streamer("restore", photo.parent, "--out", photo.parent), "a.face1.crop.png", "--out")
+    assert {path.name: path.read_bytes() for path in photo.parent.iterdir()} == written
+
+
+def test_a_network_that_does_not_load_is_the_users_to_mend(streamer, config, unloadable, film, tmp_path):
+    cv2.imwrite(str(tmp_path / "crop.png"), PHOTO[:64, :64])
+
+    refused(streamer("run", config()), str(unloadable))
+    refused(streamer("restore", tmp_path / "crop.png", "--crops", "--out", tmp_path / "out"), str(unloadable))
+    refused(streamer("bench", "--runs", 1, "--clip", film), str(unloadable))
 
 
 def test_restore_names_what_it_cannot_do_and_does_the_rest(streamer, tmp_path):
@@ -250,11 +440,18 @@ def test_version_is_printed(streamer):
     assert out.startswith("streamer 0.")
 
 
-def test_bench_measures_each_stage_and_the_whole(streamer, film):
-    code, out, _ = streamer("bench", "--runs", 1, "--clip", film, "--offline")
+def test_bench_measures_each_stage_and_the_whole(streamer, tmp_path):
+    clip = write_video(tmp_path / "face.mp4", [np.ascontiguousarray(PHOTO[0:360, 60:500])] * 6)
 
-    measured = json.loads(out.splitlines()[-1])
+    code, out, _ = streamer("bench", "--runs", 2, "--clip", clip, "--offline")
+
+    *told, last = out.splitlines()
+    measured = json.loads(last)
+    stages = [measured[stage] for stage in ("read", "detect", "track", "restore", "publish")]
     assert code == 0
-    assert measured["detect"] > measured["read"] > 0
-    assert measured["fps"] == pytest.approx(10 / measured["wall"], rel=0.01)
+    assert [line.split(":")[0] for line in told] == ["run 1/2", "run 2/2"]
+    assert measured["runs"] == 2
+    assert min(stages) > 0
+    assert measured["detect"] == max(stages)
+    assert measured["fps"] == pytest.approx(12 / measured["wall"], rel=0.1)
     assert 0 < measured["share"] < 1.3

@@ -367,6 +367,14 @@ def test_boxes_that_are_none_are_dropped(centerface: Engine) -> None:
     assert len(found) == 1
 
 
+def test_boxes_of_more_than_twice_the_frame_are_dropped(centerface: Engine) -> None:
+    faces = {(10, 20): (1e5, 32.0), (60, 20): (32.0, 1300.0), (40, 40): (480.0, 480.0)}
+
+    found = detect(Recital(centerface.card, faces, 0.9), np.zeros((320, 320, 3), np.uint8), size=320)
+
+    assert found.boxes[:, 2:] - found.boxes[:, :2] == pytest.approx(np.array([[480.0, 480.0]]))
+
+
 def test_scores_that_are_no_numbers_are_no_faces(centerface: Engine, six: np.ndarray) -> None:
     assert len(detect(Recital(centerface.card, {(10, 20): (24.0, 32.0)}, np.nan), six)) == 0
 

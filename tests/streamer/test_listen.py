@@ -1,4 +1,5 @@
 import json
+import logging
 from datetime import UTC, datetime
 
 import cv2
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from streamer import types, wire
-from streamer.listen import describe, save_side_by_side, to_json_line
+from streamer.listen import describe, readable, save_side_by_side, to_json_line
 
 NOON = datetime(2026, 11, 21, 12, tzinfo=UTC)
 
@@ -93,3 +94,26 @@ def test_who_was_recognised_is_in_the_line():
     match |= {"expected_false_alarms_per_day": None, "runner_up": None}
 
     assert describe(received(a_face(), match=match)).endswith("(the face is small), ann (0.52)")
+
+
+def test_a_message_that_cannot_be_read_is_told_and_passed_over(caplog):
+    class Subscriber:
+        def __init__(self) -> None:
+            self.messages = [[b"weather", b"rain"], wire.encode(
+                types.FaceLeft(a_track()), stream="box", epoch="e1", seq=7, topic_seq=3, published_at=NOON
+            )]  # fmt: skip
+
+        def __iter__(self):
+            return self
+
+        def __next__(self) -> wire.WireEvent:
+            if not self.messages:
+                raise StopIteration
+            return wire.decode(self.messages.pop(0))
+
+    with caplog.at_level(logging.WARNING):
+        kinds = [event.header.kind for event in readable(Subscriber())]
+
+    assert kinds == ["face.left"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not JSON" in caplog.text

@@ -14,8 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from media import write_video
-from skimage.data import astronaut
+from media import walk, write_video
 
 from engines.engine import EngineError
 from engines.store import default_store
@@ -25,20 +24,8 @@ from streamer.camera import Camera
 from streamer.client import EventSubscriber
 from streamer.config import StreamerConfig, load_config
 from streamer.metrics import Metrics
-
-FACE = cv2.resize(np.ascontiguousarray(astronaut()[0:300, 90:390, ::-1]), (150, 150), interpolation=cv2.INTER_AREA)
-
-
-def walk(frames: int, *, seed: int = 0) -> list[np.ndarray]:
-    """A person crosses a grey wall; the face is about 50 px high."""
-    wall = np.random.default_rng(seed).normal(120, 3, (256, 448, 3)).clip(0, 255).astype(np.uint8)
-    images = []
-    for index in range(frames):
-        image = wall.copy()
-        left = 20 + 4 * index
-        image[50:200, left : left + 150] = FACE
-        images.append(image)
-    return images
+from streamer.pipeline import Pipeline
+from streamer.publisher import EventPublisher
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +47,24 @@ def configured(tmp_path: Path) -> Callable[..., StreamerConfig]:
     return configure
 
 
-def play(config: StreamerConfig) -> tuple[list[wire.WireEvent], Metrics, list[Camera]]:
-    """Run the pipeline to its end and return what a subscriber received."""
-    stop, metrics, received = threading.Event(), Metrics(), list[wire.WireEvent]()
+def make(config: StreamerConfig) -> tuple[Pipeline, Metrics, list[Camera]]:
+    stop, metrics = threading.Event(), Metrics()
     cameras = make_cameras(config, stop)
     stages = load_stages(config, Networks(default_store(offline=True), backend="onnxruntime"))
-    pipeline = make_pipeline(config, cameras, stages, metrics=metrics, stop=stop)
+    return make_pipeline(config, cameras, stages, metrics=metrics, stop=stop), metrics, cameras
+
+
+def start(config: StreamerConfig, duration_s: float | None = None) -> Metrics:
+    """Run the pipeline with nobody listening."""
+    pipeline, metrics, _ = make(config)
+    pipeline.run(duration_s)
+    return metrics
+
+
+def play(config: StreamerConfig) -> tuple[list[wire.WireEvent], Metrics, list[Camera]]:
+    """Run the pipeline to its end and return what a subscriber received."""
+    pipeline, metrics, cameras = make(config)
+    received: list[wire.WireEvent] = []
 
     def listen() -> None:
         with EventSubscriber(config.publish.endpoint, timeout_s=30) as events:
@@ -144,18 +143,51 @@ def test_a_file_that_breaks_off_is_published_as_far_as_it_goes_and_told(film, co
     assert received[-1].header.state == "ended"
 
 
-def test_what_fails_on_a_thread_ends_the_run_and_is_raised(film, configured, monkeypatch):
-    def fail(*_: object) -> None:
-        raise EngineError("the network broke")
+@pytest.mark.parametrize(
+    "part",
+    [
+        "camera.Camera.frames", "tracker.FaceTracker.update", "restorer.FaceRestorer.restore",
+        "publisher.EventPublisher.publish", "camera.Camera.status",
+    ],
+)  # fmt: skip
+def test_what_fails_on_any_thread_ends_all_of_them_and_is_raised(part, film, configured, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise EngineError("the part broke")
 
-    monkeypatch.setattr("streamer.restorer.FaceRestorer.restore", fail)
+    monkeypatch.setattr(f"streamer.{part}", fail)
 
-    with pytest.raises(EngineError, match="the network broke"):
-        play(configured(film))
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("read", "watch", "identify"))]
+    with pytest.raises(EngineError, match="the part broke"):
+        start(configured(film, wait_for=0))
+    names = ("read", "watch", "identify", "publish")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
-@pytest.mark.parametrize("state", ["waiting for a subscriber", "running", "camera out of reach"])
+def test_ended_is_the_last_event_however_slow_the_subscriber(film, configured, monkeypatch):
+    publish = EventPublisher.publish
+
+    def slowly(self: EventPublisher, event: object) -> bool:
+        time.sleep(0.1)
+        return publish(self, event)
+
+    monkeypatch.setattr(EventPublisher, "publish", slowly)
+
+    received, metrics, _ = play(configured(film, film))
+
+    assert received[-1].header.state == "ended"
+    assert len(received) == metrics.counts()["published"]
+    assert {event.header.kind for event in received[-3:-1]} & {"face.left", "camera.status"}
+
+
+def test_a_run_ends_after_its_duration_even_while_it_waits_for_a_subscriber(film, configured):
+    started = time.monotonic()
+
+    metrics = start(configured(film, wait_for=1), duration_s=0.5)
+
+    assert time.monotonic() - started < 5
+    assert metrics.counts() == {"drops": 0}
+
+
+@pytest.mark.parametrize("state", ["loading", "waiting for a subscriber", "running", "camera out of reach"])
 def test_sigterm_ends_everything_within_ten_seconds_with_exit_code_0(state, tmp_path):
     endless = write_video(tmp_path / "long.mp4", walk(60) * 8, rate=12)
     url = "rtsp://127.0.0.1:9/none" if state == "camera out of reach" else endless
@@ -166,7 +198,10 @@ def test_sigterm_ends_everything_within_ten_seconds_with_exit_code_0(state, tmp_
     )
     command = [sys.executable, "-m", "streamer.cli", "run", "--offline", str(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ}) as process:
-        awaited = {"waiting for a subscriber": "waiting", "running": "live", "camera out of reach": "lost"}[state]
+        awaited = {
+            "loading": "licence", "waiting for a subscriber": "waiting",
+            "running": "live", "camera out of reach": "lost",
+        }[state]  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:
             if awaited in line:

@@ -38,3 +38,11 @@ def test_without_a_restorer_every_crop_goes_out_untouched():
     route = RestorerRouter("none", max_size=256).route(crop(20, noise=30))
 
     assert route.restorer == "none"
+
+
+@pytest.mark.parametrize(("height", "restorer"), [(40, "sisn"), (41, "none")])
+def test_a_crop_that_no_scale_keeps_within_max_size_goes_out_untouched(height, restorer):
+    route = RestorerRouter("sisn", max_size=256, least_scale=4).route(crop(height, noise=12))
+
+    assert route.restorer == restorer
+    assert restorer == "sisn" or "66 px, 264 when restored, larger than max_size 256" in route.reason

@@ -14,9 +14,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from media import number_in, write_video
+from media import number_in, walk, write_video
 
+from engines.store import default_store
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
 from streamer.camera import Camera, CameraError
+from streamer.client import EventSubscriber
+from streamer.config import load_config
+from streamer.metrics import Metrics
 from streamer.types import CameraStatus, Frame
 
 PYTHON = "/usr/bin/python3"
@@ -269,3 +274,41 @@ def test_stop_ends_a_frozen_camera_in_a_few_seconds(serve, watch):
 
     assert watcher.end() < 4
     assert watcher.states()[-1] == "ended"
+
+
+def test_a_file_beside_a_live_camera_loses_no_frame_and_a_lost_camera_ends_its_tracks(port, tmp_path):
+    live = write_video(tmp_path / "live.mp4", walk(60) * 6, rate=12)
+    film = write_video(tmp_path / "film.mp4", walk(24), rate=12)
+    path = tmp_path / "camera.yaml"
+    path.write_text(
+        f"cameras:\n  - {{name: door, url: 'rtsp://127.0.0.1:{port}/cam'}}\n  - {{name: film, url: {film}}}\n"
+        f"detector: {{size: 448}}\npublish: {{endpoint: 'ipc://{tmp_path}/events', wait_for: 1}}\n"
+    )
+    config, stop, metrics = load_config(path, {}), threading.Event(), Metrics()
+    stages = load_stages(config, Networks(default_store(offline=True), backend="onnxruntime"))
+    pipeline = make_pipeline(config, make_cameras(config, stop), stages, metrics=metrics, stop=stop)
+    server = Server(live, port).wait()
+    running = threading.Thread(target=pipeline.run, args=(60,))
+    running.start()
+
+    seen: list[tuple[str, str]] = []
+    try:
+        with EventSubscriber(config.publish.endpoint, timeout_s=30) as events:
+            for event in events:
+                seen.append((event.topic, getattr(event.header, "state", event.header.kind)))
+                if seen[-1] == ("face/door", "face.identified"):
+                    server.kill()
+                if {("face/door", "face.left"), ("face/film", "face.left")} <= set(seen):
+                    stop.set()
+    finally:
+        stop.set()
+        server.kill()
+        running.join(20)
+
+    assert not running.is_alive()
+    assert ("face/door", "face.left") in seen
+    assert seen.index(("face/door", "face.left")) < seen.index(("system", "stopping"))
+    film_told = [state for topic, state in seen if topic == "face/film"]
+    assert film_told[0] == "face.appeared"
+    assert film_told[-1] == "face.left"
+    assert "film" not in metrics.drops()
