@@ -32,7 +32,8 @@ class Model:
     @classmethod
     def read(cls, path: Path, family: Family | None = None) -> Model:
         """Read what a file says of itself; `family` stands in where a detector has no card. Raises CardError."""
-        return cls(path, file_sha256(path), read_card(path, family))
+        card = read_card(path, family)  # first: it says what is wrong with a file that cannot be read
+        return cls(path, file_sha256(path), card)
 
 
 @dataclass(frozen=True, slots=True)

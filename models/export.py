@@ -1,6 +1,6 @@
 """Export: a checkpoint in, an ONNX that says what it is out.
 
-    python -m models.export runs/sgen-small/best.pt --name sgen-small --out models/weights
+    python -m models.export runs/sgen-small/best.pt --name sgen-small --out models/weights --license "..."
 
 The weights are stored as fp16 and cast back in the graph: inputs, outputs and arithmetic stay float32. The card lies in
 the file's metadata under `streamer.card`.
@@ -24,7 +24,6 @@ from models.sgen import Sgen
 
 EXPORTER_VERSION = "1"
 OPSET = 18  # from 20 on GridSample is written `linear`, which TensorRT 11 is reported to run as nearest
-LICENSE = "research-only (trained on CelebA, CelebAMask-HQ, All-Age-Faces, SCUT-FBP5500, London Set)"
 _LEAST_COMPRESSED = 256  # elements; smaller tensors are not worth a Cast
 
 
@@ -33,8 +32,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--name", required=True, help="the network's name, and the file's")
     parser.add_argument("--out", type=Path, default=Path("models/weights"))
-    parser.add_argument("--license", default=LICENSE)
-    parser.add_argument("--trained-on", default="")
+    parser.add_argument("--license", required=True, help="of the weights: what the training faces allow")
+    parser.add_argument("--trained-on", default="", help="what faces, in a sentence; by default the names of the sets")
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.name}.onnx"
     state = load_checkpoint(arguments.checkpoint)
@@ -43,11 +42,16 @@ def main() -> None:
 
 
 def export(state: dict[str, Any], path: Path, *, name: str, license: str, trained_on: str = "") -> None:
-    """Write the network of a checkpoint to `path`, with its card."""
+    """Write the network of a checkpoint to `path`, with its card.
+
+    Without `trained_on` the card names the sets that the checkpoint's config lists.
+    """
+    config = state["config"]
+    trained_on = trained_on or ", ".join(Path(source).stem for source in config["data"])
     network = build(state["network"])
     network.load_state_dict(state["weights"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    card = restorer_card(network, name=name, license=license, trained_on=trained_on, enlarge=state["config"]["enlarge"])
+    card = restorer_card(network, name=name, license=license, trained_on=trained_on, enlarge=config["enlarge"])
     model = to_onnx(network.eval())
     _halve(model)
     _strip(model)

@@ -1,7 +1,8 @@
 """Training a restorer: `python -m models.train configs/train/sgen-small.yaml`. Read from top to bottom.
 
 A run is its YAML file. Everything it leaves lies in `out`: `last.pt` (resumes by itself), `best.pt` (the averaged
-weights that validated best), `log.csv`, TensorBoard's files and sample pictures.
+weights that validated best), `log.csv`, TensorBoard's files and sample pictures. A run whose config has changed resumes
+only with `--accept-changes`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,13 @@ from models.checkpoint import describe, load_checkpoint, save_checkpoint
 from models.dataset import Face, cut, load_faces, load_names
 from models.degradation import SGEN_SIZES, CameraDamage, camera_degrade, draw_damage, sgen_degrade
 from models.sgen import PRESETS, Sgen, SgenConfig
+
+_CAMERA_SIDES = (96, 128, 160, 192, 256)  # of clean faces in pixels
+_MAY_CHANGE = {"steps", "out", "workers", "validate_every"}  # none of them changes what a step does
+
+
+class TrainError(ValueError):
+    """The run cannot begin or go on: its data or its config is wrong. The message is one line."""
 
 
 class TrainConfig(BaseModel):
@@ -79,16 +88,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--steps", type=int, help="another length of the whole run")
+    parser.add_argument("--accept-changes", action="store_true", help="resume although the config has changed")
     arguments = parser.parse_args()
     settings = yaml.safe_load(arguments.config.read_text())
-    if arguments.steps:
+    if arguments.steps is not None:
         settings["steps"] = arguments.steps
     config = _absolute(TrainConfig(**settings), arguments.config.resolve().parent)
-    train(config)
+    try:
+        train(config, accept_changes=arguments.accept_changes)
+    except TrainError as exc:
+        parser.exit(2, f"{exc}\n")
 
 
-def train(config: TrainConfig) -> None:
-    """Train until `config.steps`, resuming from `last.pt` where there is one."""
+def train(config: TrainConfig, *, accept_changes: bool = False) -> None:
+    """Train until `config.steps`, resuming from `last.pt` where there is one.
+
+    Raises TrainError if that run had another config, or no face is large enough. With `accept_changes` it goes on
+    under the new config; weights that the network did not have before begin untrained.
+    """
     torch.manual_seed(config.seed)
     cv2.setNumThreads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,10 +119,18 @@ def train(config: TrainConfig) -> None:
     last = config.out / "last.pt"
     if last.exists():
         state = load_checkpoint(last)
-        network.load_state_dict(state["weights"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
         step, best = state["step"], state["best"]
+        if changes := _changes(state, config, network):
+            listed = "; ".join(changes.values())
+            if not accept_changes:
+                raise TrainError(f"{last} had another config ({listed}): undo that, or resume with --accept-changes")
+            print(f"accepted: {listed}", flush=True)
+            if changes.keys() & {"validation", "enlarge"}:
+                best = -math.inf  # it was measured on other images
+        if step >= config.steps:
+            print(f"{last} has done {step} steps already, {config.steps} are asked for: nothing to do", flush=True)
+            return
+        _restore_state(state, network, averaged, optimizer)
         print(f"resuming {last} at step {step}", flush=True)
 
     excluded = load_names(config.exclude) if config.exclude else frozenset()
@@ -183,6 +208,14 @@ class Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def __init__(self, faces: list[Face], config: TrainConfig, *, first: int) -> None:
         self.faces, self.config, self.first = faces, config, first
+        largest = max((min(face.image.shape[:2]) for face in faces), default=0)
+        needed = _least_side(max(_CAMERA_SIDES))
+        if largest < needed:
+            sources = ", ".join(str(source) for source in config.data)
+            raise TrainError(
+                f"no face to train on: the largest of {len(faces)} in {sources} has {largest} px, "
+                f"at least {math.ceil(needed)} px are needed"
+            )
 
     def __len__(self) -> int:
         return self.config.steps - self.first
@@ -210,7 +243,7 @@ class Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
 
     def _camera(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         factor = int(rng.choice([4, 2, 1], p=[0.5, 0.25, 0.25]))
-        side = int(rng.choice([96, 128, 160, 192, 256], p=[0.25, 0.3, 0.25, 0.15, 0.05]))
+        side = int(rng.choice(_CAMERA_SIDES, p=[0.25, 0.3, 0.25, 0.15, 0.05]))
         clean = []
         for face in self._choose(rng, side):
             image = cut(
@@ -225,7 +258,7 @@ class Batches(Dataset[tuple[np.ndarray, np.ndarray]]):
         found = 0
         while found < self.config.batch:
             face = self.faces[int(rng.integers(len(self.faces)))]
-            if min(face.image.shape[:2]) >= 0.8 * min(side, 208):
+            if min(face.image.shape[:2]) >= _least_side(side):
                 found += 1
                 yield face
 
@@ -272,6 +305,58 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Return the PSNR in dB of each image of (n, H, W, 3) uint8, peak 255."""
     error = (image.astype(np.float32) - truth.astype(np.float32)) ** 2
     return 10 * np.log10(255**2 / np.maximum(error.mean(axis=(1, 2, 3)), 1e-6))
+
+
+def _least_side(side: int) -> float:
+    """The least side of a stored face from which a clean face of `side` is cut."""
+    return 0.8 * min(side, 208)
+
+
+def _changes(state: dict[str, Any], config: TrainConfig, network: Sgen) -> dict[str, str]:
+    """Return what differs between the checkpoint's run and this one, by field, such as `batch 8, now 16`.
+
+    Paths are compared by their names, as data may move; the network by what was built, as presets may change.
+    """
+    before = {name: field.default for name, field in TrainConfig.model_fields.items()} | state["config"]
+    before |= {f"network.{name}": value for name, value in {**asdict(SgenConfig()), **state["network"]}.items()}
+    now = config.model_dump(mode="json")
+    now |= {f"network.{name}": value for name, value in describe(network).items()}
+    compared = (before.keys() | now.keys()) - _MAY_CHANGE - {"preset", "override"}
+    pairs = {name: (_named(name, before.get(name)), _named(name, now.get(name))) for name in sorted(compared)}
+    return {name: f"{name} {was}, now {value}" for name, (was, value) in pairs.items() if was != value}
+
+
+def _named(field: str, value: Any) -> Any:
+    """Return a field's value, of paths only the names."""
+    if field == "data":
+        return [Path(path).name for path in value]
+    return Path(value).name if field in ("exclude", "validation") and value else value
+
+
+def _restore_state(
+    state: dict[str, Any], network: Sgen, averaged: AveragedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Take over weights, their averages and the optimiser's moments; what is new or has another shape begins anew."""
+    kept = _fitting(state["weights"], network)
+    if new := [name for name in network.state_dict() if name not in kept]:
+        print(f"untrained: {', '.join(new)}", flush=True)
+    network.load_state_dict(kept, strict=not new)
+    averaged.load_state_dict(_fitting(state["averaged"], averaged), strict=not new)
+    optimizer.load_state_dict(_moved(state["optimizer"], list(state["weights"]), network, kept))
+
+
+def _fitting(weights: dict[str, Tensor], network: torch.nn.Module) -> dict[str, Tensor]:
+    own = network.state_dict()
+    return {name: weight for name, weight in weights.items() if name in own and own[name].shape == weight.shape}
+
+
+def _moved(moments: dict[str, Any], names: list[str], network: Sgen, kept: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the optimiser's state, in which the parameters were numbered as in `names`, numbered as in `network`."""
+    numbers = {name: number for number, name in enumerate(names) if name in kept}
+    now = [name for name, _ in network.named_parameters()]
+    held = moments["state"]
+    state = {number: held[numbers[name]] for number, name in enumerate(now) if numbers.get(name) in held}
+    return {"state": state, "param_groups": [{**moments["param_groups"][0], "params": list(range(len(now)))}]}
 
 
 def _schedule(step: int, config: TrainConfig) -> float:

@@ -6,7 +6,7 @@ import logging
 import threading
 
 from engines.card import Family
-from engines.engine import Engine
+from engines.engine import Engine, EngineError, ModelError
 from engines.load import Backend, load_engine
 from engines.store import Model, ModelStore, license_notice
 from streamer.camera import Camera
@@ -35,7 +35,7 @@ class Networks:
     def detector(
         self, model: str, *, size: int = 960, threshold: float | None = None, family: Family | None = None
     ) -> FaceDetector:
-        """Load a detector. Raises ModelError, CardError or EngineError."""
+        """Load a detector. Raises ModelError or CardError."""
         found = self._store.find(model, task="detection", family=family)
         # ONNX Runtime is the faster of the two here (CenterFace at 960: 114 against 132 ms), for restorers the slower
         backend: Backend = "onnxruntime" if self._backend == "auto" else self._backend
@@ -56,13 +56,16 @@ class Networks:
 
     def _load(self, model: Model, backend: Backend, *, max_batch: int = 64) -> Engine:
         logger.info(license_notice(model))
-        engine = load_engine(model, backend=backend, threads=self._threads, max_batch=max_batch)
+        try:
+            engine = load_engine(model, backend=backend, threads=self._threads, max_batch=max_batch)
+        except EngineError as exc:  # a file that does not load is the user's to mend
+            raise ModelError(str(exc)) from exc
         logger.info("%s runs on %s in %s", model.card.name, engine.backend, engine.precision)
         return engine
 
 
 def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
-    """Load every network of the config and make the stages. Raises ModelError, CardError or EngineError."""
+    """Load every network of the config and make the stages. Raises ModelError or CardError."""
     detector = networks.detector(
         config.detector.model,
         size=config.detector.size,
@@ -84,8 +87,16 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
     selector = CropSelector(
         min_size_px=config.selector.min_size_px, retry_s=config.selector.retry_s, margin=config.selector.margin
     )
-    router = RestorerRouter(NONE if restorer is None else restorer.engine.card.name, max_size=config.restorer.max_size)
+    router = make_router(restorer, max_size=config.restorer.max_size)
     return Stages(detector, trackers, selector, router, restorer, embedder)
+
+
+def make_router(restorer: FaceRestorer | None, *, max_size: int) -> RestorerRouter:
+    """Make the router to the one restorer there is."""
+    if restorer is None:
+        return RestorerRouter(NONE, max_size=max_size)
+    card = restorer.engine.card
+    return RestorerRouter(card.name, max_size=max_size, least_scale=min(card.scales))
 
 
 def make_cameras(config: StreamerConfig, stop: threading.Event) -> list[Camera]:

@@ -191,7 +191,7 @@ class Camera:
         for shot in reading.shots():
             if shot is not None:
                 return shot.picture
-            if self._stop.is_set() or (self.live and time.monotonic() > deadline):
+            if self.live and time.monotonic() > deadline:
                 break
         return None
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -19,20 +20,21 @@ from engines.card import CardError
 from engines.engine import EngineError, ModelError
 from engines.store import ModelStore, default_store
 from streamer import __version__, photos
-from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, make_router
 from streamer.bench import bench
 from streamer.camera import Camera, CameraError
 from streamer.client import EventSubscriber, SubscribeError
 from streamer.config import ConfigError, StreamerConfig, load_config
-from streamer.listen import describe, save_side_by_side, to_json_line
+from streamer.listen import describe, readable, save_side_by_side, to_json_line
 from streamer.metrics import Metrics
 from streamer.pipeline import Stages
 from streamer.publisher import PublishError
-from streamer.router import NONE, RestorerRouter
 
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+_INTERRUPTED = 130
+"""What Typer makes of a Ctrl-C."""
 WRONG = (ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError)
 """What the user can mend: exit code 2."""
 
@@ -65,12 +67,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = _refuse(str(exc))
     except EngineError as exc:
         code = _refuse(str(exc), FAILED)
-    except (typer.Abort, KeyboardInterrupt):
-        code = 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        code = DONE
-    sys.exit(code)
+    sys.exit(_refuse("interrupted", FAILED) if code == _INTERRUPTED else code)
 
 
 def _print_version(wanted: bool) -> None:
@@ -118,15 +115,27 @@ def run(
     for line in _details(metrics):
         logger.info(line)
     print(_summary(metrics, time.monotonic() - started), flush=True)
-    return FAILED if any(camera.broken for camera in cameras) else DONE
+    broken = [camera for camera in cameras if camera.broken]
+    for camera in broken:
+        _say(f"{camera.name}: {camera.address}: {camera.broken}")
+    return FAILED if broken else DONE
 
 
 @app.command()
 def check(config: ConfigArgument, offline: OfflineOption = False) -> int:
     """Validate the config, open each source, load every network, and say what a run would do."""
     settings = load_config(config)
-    stages = _load(settings, offline)
-    _inspect(make_cameras(settings, threading.Event()), tell=True)
+    stages, mistakes = None, []
+    try:
+        stages = _load(settings, offline)
+    except (CardError, ModelError) as exc:
+        mistakes.append(str(exc))
+    try:
+        _inspect(make_cameras(settings, threading.Event()), tell=True)
+    except CameraError as exc:
+        mistakes.append(str(exc))
+    if stages is None or mistakes:
+        return _refuse("\n".join(mistakes))
     engines = [stages.detector.engine, *(part.engine for part in (stages.restorer, stages.embedder) if part)]
     for engine in engines:
         print(f"{engine.card.task}: {engine.card.name} on {engine.backend} in {engine.precision}")
@@ -145,14 +154,17 @@ def listen(
     as_json: JsonOption = False,
     limit: Annotated[int | None, typer.Option(min=1, help="End after this many events.")] = None,
 ) -> int:
-    """Print the events of a streamer until it ends."""
+    """Print the events of a streamer until it ends, or until Ctrl-C."""
     if save is not None:
-        save.mkdir(parents=True, exist_ok=True)
-    with EventSubscriber(endpoint) as events:
-        for number, event in enumerate(events, start=1):
+        _make_folder("--save", save)
+    with suppress(KeyboardInterrupt), EventSubscriber(endpoint) as events:
+        for number, event in enumerate(readable(events), start=1):
             print(to_json_line(event) if as_json else describe(event), flush=True)
             if save is not None and event.images:
-                save_side_by_side(event, save)
+                try:
+                    save_side_by_side(event, save)
+                except OSError as exc:
+                    return _refuse(f"--save {save}: {exc.strerror}", FAILED)
             if number == limit:
                 break
     return DONE
@@ -173,18 +185,15 @@ def restore(
     if guide is not None:
         raise photos.PhotoError("--guide: no restorer that takes a guide is installed")
     paths = photos.gather(inputs)
+    photos.refuse_overwriting(paths, out, crops=crops)
     networks = Networks(_store(offline))
     chosen = networks.restorer(restorer or "sgen-small", max_size=max_size)
-    name = NONE if chosen is None else chosen.engine.card.name
     stages = photos.PhotoStages(
         detector=None if crops else networks.detector(detector),
-        router=RestorerRouter(name, max_size=max_size) if restorer is None else None,
+        router=make_router(chosen, max_size=max_size) if restorer is None else None,
         restorer=chosen,
     )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise photos.PhotoError(f"--out {out}: {exc.strerror}") from exc
+    _make_folder("--out", out)
     failed = False
     for number, path in enumerate(paths, start=1):
         try:
@@ -249,14 +258,18 @@ def models_show(model: Annotated[str, typer.Argument(help="A name, a path or a U
 
 def _load(settings: StreamerConfig, offline: bool) -> Stages:
     networks = Networks(_store(offline), backend=settings.engine.backend, threads=settings.engine.threads)
-    try:
-        return load_stages(settings, networks)
-    except EngineError as exc:  # a file that does not load is the user's to mend
-        raise ModelError(str(exc)) from exc
+    return load_stages(settings, networks)
 
 
 def _store(offline: bool) -> ModelStore:
     return default_store(offline=offline)
+
+
+def _make_folder(option: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise typer.BadParameter(f"{folder}: {exc.strerror}", param_hint=option) from exc
 
 
 def _inspect(cameras: list[Camera], *, tell: bool = False) -> None:

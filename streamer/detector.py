@@ -25,6 +25,8 @@ _MOST_ENLARGED = 2
 """A small image is enlarged so many times at most: small faces gain, large or badly compressed ones would be lost."""
 _SAME_FACE = 0.4
 """Boxes with a greater IoU are of one face."""
+_MOST_LARGER = 2
+"""No side of a face is so many times as long as the frame's longer one: what a network says then is nonsense."""
 
 
 class FaceDetector:
@@ -109,13 +111,15 @@ class _Canvas:
         return height, width
 
     def to_frame(self, candidates: Detections) -> Detections:
-        """Return those that are boxes in the frame at all, in its pixels."""
+        """Return those that are boxes in the frame at all and not absurdly large, in its pixels."""
         corners = self._to_frame(candidates.boxes.reshape(-1, 2, 2))
         landmarks = self._to_frame(candidates.landmarks)
         first, last = corners[:, 0], corners[:, 1]
         finite = np.isfinite(corners).all((1, 2)) & np.isfinite(landmarks).all((1, 2))
         inside = (first < last).all(1) & (last > 0).all(1) & (first < self.frame_size - 1).all(1)
-        return Detections(corners.reshape(-1, 4), landmarks, candidates.scores.astype(np.float32))[finite & inside]
+        sized = (last - first <= _MOST_LARGER * self.frame_size.max()).all(1)
+        found = Detections(corners.reshape(-1, 4), landmarks, candidates.scores.astype(np.float32))
+        return found[finite & inside & sized]
 
     def _to_frame(self, points: np.ndarray) -> np.ndarray:
         # The networks count from the corner of the first pixel, we from its centre.

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from streamer.wire import CameraStatusHeader, FaceHeader, SystemStatusHeader, WireEvent
+from streamer.wire import CameraStatusHeader, FaceHeader, SystemStatusHeader, WireError, WireEvent
+
+logger = logging.getLogger(__name__)
+
+
+def readable(events: Iterator[WireEvent]) -> Iterator[WireEvent]:
+    """Yield the events; what cannot be read is told and passed over."""
+    while True:
+        try:
+            yield next(events)
+        except StopIteration:
+            return
+        except WireError as exc:
+            logger.warning("passed over what cannot be read: %s", exc)
 
 
 def describe(event: WireEvent) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 
 from streamer.detector import FaceDetector
-from streamer.geometry import cut_crop, upright_landmarks
+from streamer.geometry import cut_crop, transform_points, upright_landmarks
 from streamer.quality import measure_quality
 from streamer.restorer import FaceRestorer
 from streamer.router import NONE, RestorerRouter
@@ -54,6 +55,20 @@ def gather(inputs: Sequence[Path]) -> list[Path]:
     if mistakes:
         raise PhotoError("\n".join(mistakes))
     return photos
+
+
+def refuse_overwriting(photos: Sequence[Path], folder: Path, *, crops: bool) -> None:
+    """Raise PhotoError where a result that goes to `folder` would overwrite one of the photos."""
+    inputs = {photo.resolve(): photo for photo in photos}
+    stems = {photo.stem for photo in photos}
+    folder = folder.resolve()
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    overwritten = [
+        inputs[path.resolve()] for path in there if path.resolve() in inputs and stems & _sources(path.name, crops)
+    ]
+    if overwritten:
+        others = f" and {len(overwritten) - 1} more inputs" if len(overwritten) > 1 else ""
+        raise PhotoError(f"{overwritten[0]}{others} would be overwritten: choose another folder for --out")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -114,16 +129,23 @@ def put_back(photo: np.ndarray, restored: np.ndarray, transform: np.ndarray, sid
     `transform` (2, 3) takes photo pixels to pixels of the crop, which has `side`.
     """
     scale = restored.shape[0] / side
-    size = (photo.shape[1], photo.shape[0])
     fade = max(1, round(side * _FEATHER))
     mask = np.zeros((side, side), np.float32)
     mask[fade : side - fade, fade : side - fade] = 1
     faded = cv2.blur(mask, (2 * fade + 1, 2 * fade + 1), borderType=cv2.BORDER_ISOLATED)
     shrunk = cv2.resize(restored, (side, side), interpolation=cv2.INTER_AREA) if scale > 1 else restored
     back = cv2.invertAffineTransform(transform)
+    left, top, right, bottom = _bounds(back, side, photo)
+    whole = photo.copy()
+    if left >= right or top >= bottom:
+        return whole
+    back[:, 2] -= left, top
+    size = right - left, bottom - top
     placed = cv2.warpAffine(shrunk, back, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     weight = cv2.warpAffine(faded, back, size, flags=cv2.INTER_LINEAR)[..., None]
-    return np.asarray(np.rint(photo * (1 - weight) + placed * weight), np.uint8)
+    part = whole[top:bottom, left:right]
+    part[:] = np.rint(part * (1 - weight) + placed * weight)
+    return whole
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
@@ -132,6 +154,22 @@ def write_image(path: Path, image: np.ndarray) -> None:
         path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     except OSError as exc:
         raise PhotoError(f"{path}: {exc.strerror}") from exc
+
+
+def _sources(name: str, crops: bool) -> set[str]:
+    """Return the stems of the photos of which a file of this name may be a result."""
+    patterns = [r"(.+)\.png"] if crops else [r"(.+)\.restored\.png", r"(.+)\.face\d+\.(?:crop|restored)\.png"]
+    return {match[1] for pattern in patterns if (match := re.fullmatch(pattern, name))}
+
+
+def _bounds(back: np.ndarray, side: int, photo: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the part of the photo in which a crop lies, as left, top, right and bottom; `back` leads there."""
+    corners = np.array([[-1, -1], [side, -1], [-1, side], [side, side]])
+    lying = transform_points(back, corners)
+    height, width = photo.shape[:2]
+    left, top = np.floor(lying.min(0)).clip(0, (width, height)).astype(int).tolist()
+    right, bottom = (np.ceil(lying.max(0)) + 1).clip(0, (width, height)).astype(int).tolist()
+    return left, top, right, bottom
 
 
 def _crop(image: np.ndarray, transform: np.ndarray, box: np.ndarray, landmarks: np.ndarray, quality: Quality) -> Crop:

@@ -3,18 +3,21 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra train is not installed")
 
 import json  # noqa: E402
+import shutil  # noqa: E402
+import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
+import yaml  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
 
 from engines.card import NetworkCard  # noqa: E402
 from models.checkpoint import build, load_checkpoint  # noqa: E402
 from models.dataset import load_faces  # noqa: E402
 from models.export import export  # noqa: E402
-from models.train import Batches, TrainConfig, train  # noqa: E402
+from models.train import Batches, TrainConfig, TrainError, main, train  # noqa: E402
 
 # torch's exporter uses what torch deprecates
 exports = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
@@ -73,6 +76,85 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(faces, 
         assert torch.equal(weight, resumed["weights"][name]), name
     for name, weight in whole["averaged"].items():
         assert torch.equal(weight, resumed["averaged"][name]), name
+
+
+@pytest.fixture
+def half(trained: Path, tmp_path: Path) -> Path:
+    """A folder with the last.pt of the run of 6 steps."""
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(trained / "last.pt", out)
+    return out
+
+
+def test_a_run_of_another_config_is_not_resumed(faces, half):
+    with pytest.raises(TrainError, match=r"last\.pt .*paper_share 0\.45, now 0\.9.*--accept-changes"):
+        train(config(faces, half, steps=8, paper_share=0.9))
+
+    assert load_checkpoint(half / "last.pt")["step"] == 6
+
+
+def test_a_run_goes_on_under_another_config_where_that_is_accepted(faces, half):
+    train(config(faces, half, steps=8, paper_share=0.9), accept_changes=True)
+
+    state = load_checkpoint(half / "last.pt")
+    assert (state["step"], state["config"]["paper_share"]) == (8, 0.9)
+
+
+def test_a_longer_run_and_data_that_moved_are_no_change(faces, half, tmp_path):
+    elsewhere = shutil.copytree(faces, tmp_path / "moved" / faces.name)
+
+    train(config(elsewhere, half, steps=8, workers=1))
+
+    assert load_checkpoint(half / "last.pt")["step"] == 8
+
+
+def test_weights_that_a_network_did_not_have_before_begin_untrained_and_the_rest_goes_on(faces, half, capsys):
+    wider = {"base": 4, "detail": 4}
+    with pytest.raises(TrainError, match=r"network\.detail 12, now 4"):
+        train(config(faces, half, steps=7, override=wider))
+
+    train(config(faces, half, steps=7, override=wider), accept_changes=True)
+
+    said = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("untrained: "))
+    assert all(name.startswith("detail.") for name in said.removeprefix("untrained: ").split(", "))
+    steps = {int(moment["step"]) for moment in load_checkpoint(half / "last.pt")["optimizer"]["state"].values()}
+    assert steps == {1, 7}
+
+
+def test_fewer_steps_than_are_done_is_said_and_is_no_failure(faces, half, monkeypatch, capsys):
+    path = half / "run.yaml"
+    settings = config(faces, half).model_dump(mode="json")
+    path.write_text(yaml.safe_dump(settings))
+    before = (half / "last.pt").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["train", str(path), "--steps", "4"])
+
+    main()
+
+    assert "6 steps already, 4 are asked for: nothing to do" in capsys.readouterr().out
+    assert (half / "last.pt").read_bytes() == before
+
+
+def test_a_changed_config_is_one_line_and_exit_code_2(faces, half, monkeypatch, capsys):
+    path = half / "run.yaml"
+    path.write_text(yaml.safe_dump(config(faces, half, batch=4).model_dump(mode="json")))
+    monkeypatch.setattr(sys, "argv", ["train", str(path)])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_faces_that_are_all_too_small_are_named_instead_of_being_looked_for_without_end(faces, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    for path in faces.glob("*.png"):
+        cv2.imwrite(str(small / path.name), cv2.resize(cv2.imread(str(path)), (96, 96)))
+
+    with pytest.raises(TrainError, match=rf"largest of 4 in {small} has 96 px, at least 167 px"):
+        train(config(small, tmp_path / "run"))
 
 
 def test_a_checkpoint_carries_what_makes_its_network_again(trained):
