@@ -225,7 +225,9 @@ class Camera:
             if self._told == (state, detail):
                 return
             self._told = state, detail
-        level = logging.WARNING if detail else logging.INFO
+        level = logging.INFO
+        if detail:
+            level = logging.ERROR if state == "ended" else logging.WARNING  # the first is final, the second is mended
         logger.log(level, "%s: %s (%s)%s", self.name, state, self.address, detail and f": {detail}")
         self._on_status(self.status())
 

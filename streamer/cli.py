@@ -115,10 +115,7 @@ def run(
     for line in _details(metrics):
         logger.info(line)
     print(_summary(metrics, time.monotonic() - started), flush=True)
-    broken = [camera for camera in cameras if camera.broken]
-    for camera in broken:
-        _say(f"{camera.name}: {camera.address}: {camera.broken}")
-    return FAILED if broken else DONE
+    return FAILED if any(camera.broken for camera in cameras) else DONE
 
 
 @app.command()

@@ -118,8 +118,9 @@ class _Canvas:
         finite = np.isfinite(corners).all((1, 2)) & np.isfinite(landmarks).all((1, 2))
         inside = (first < last).all(1) & (last > 0).all(1) & (first < self.frame_size - 1).all(1)
         sized = (last - first <= _MOST_LARGER * self.frame_size.max()).all(1)
+        apart = np.ptp(landmarks, axis=1).any(1)  # no turn is known of five points that coincide
         found = Detections(corners.reshape(-1, 4), landmarks, candidates.scores.astype(np.float32))
-        return found[finite & inside & sized]
+        return found[finite & inside & sized & apart]
 
     def _to_frame(self, points: np.ndarray) -> np.ndarray:
         # The networks count from the corner of the first pixel, we from its centre.
