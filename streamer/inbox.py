@@ -27,8 +27,8 @@ class Inbox(Generic[Item]):
     """Lanes of items, taken in turn, so that a busy lane does not crowd out a quiet one.
 
     Each lane has room for `room` items, all together for `total`. Where there is none, a sender that may wait does
-    (files: nothing is lost); for one that may not, the lane's oldest gives way, or, where all is full, the oldest of any
-    lane (live). What is put with `keep` neither waits nor gives way.
+    (files: nothing is lost); for one that may not, the lane's oldest gives way, or, where all is full, the oldest of
+    any lane (live). What is put with `keep` neither waits nor gives way.
     """
 
     def __init__(self, *, room: int, total: int) -> None:

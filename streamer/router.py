@@ -18,7 +18,7 @@ class RestorerRouter:
         least_scale: int = 1,
         clean_height_px: float = 64.0,
         clean_noise: float = 4.0,
-        clean_blockiness: float = 0.14,
+        clean_blockiness: float = 0.15,
         clean_sharpness: float = 0.45,
     ) -> None:
         """`least_scale` is the restorer's smallest: what would exceed `max_size` even so is not restored.
