@@ -15,10 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from streamer import __version__
 from streamer.camera import Camera
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
+from streamer.geometry import scale_transform, transform_points
 from streamer.inbox import Closed, Inbox
 from streamer.metrics import Metrics
 from streamer.publisher import EventPublisher
@@ -315,7 +318,7 @@ class Pipeline:
             return [None] * len(crops)
         faces = [(crop.image, crop.landmarks) for crop in crops]
         faces += [
-            (restoration.image, restoration.scale * crop.landmarks + (restoration.scale - 1) / 2)
+            (restoration.image, transform_points(scale_transform(np.eye(2, 3), restoration.scale), crop.landmarks))
             for crop, restoration in zip(crops, restorations, strict=True)
             if restoration is not None
         ]

@@ -19,6 +19,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from pydantic_core import from_json
 
 from streamer import types
+from streamer.geometry import scale_transform, transform_points
 from streamer.types import CameraState, Clock, SystemState
 
 SCHEMA: Literal["streamer.event/1"] = "streamer.event/1"
@@ -526,10 +527,9 @@ def _pictures(event: types.FaceIdentified) -> list[_Picture]:
 
 
 def _enlarged(crop: _Picture, restoration: types.Restoration) -> _Picture:
-    scale, shift = restoration.scale, (restoration.scale - 1) / 2  # centres lie at whole numbers
-    transform = crop.transform * scale
-    transform[:, 2] += shift
-    return _Picture("restored", restoration.image, transform, crop.landmarks * scale + shift)
+    larger = scale_transform(np.eye(2, 3), restoration.scale)
+    transform = scale_transform(crop.transform, restoration.scale)
+    return _Picture("restored", restoration.image, transform, transform_points(larger, crop.landmarks))
 
 
 def _image(picture: _Picture, part: int, data: bytes, image_format: ImageFormat) -> dict[str, Any]:
