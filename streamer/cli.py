@@ -101,8 +101,13 @@ def run(
     settings = load_config(config)
     if settings.publish.insecure:
         logger.warning("publish.insecure: whoever reaches %s sees the faces, in clear", settings.publish.endpoint)
-    _on_signals(lambda: sys.exit(DONE))
     stop = threading.Event()
+
+    def give_up() -> None:
+        stop.set()  # an exit raised within a library's callback can be lost: the pipeline looks at this
+        sys.exit(DONE)
+
+    _on_signals(give_up)
     cameras = make_cameras(settings, stop)
     _inspect([camera for camera in cameras if not camera.live])
     stages = _load(settings, offline)

@@ -135,7 +135,7 @@ class Pipeline:
                 self._look_at_clock(ends_at)
             if not self._stop.is_set():
                 self._work(workers, ends_at)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: it is raised again, once the threads are told to end
             self._stop.set()
             raise
         finally:
