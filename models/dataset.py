@@ -1,15 +1,21 @@
-"""Faces for training: whole sets in memory as uint8, cut out at the framing asked for."""
+"""Faces for training: whole sets in memory as uint8, cut out as each protocol wants them."""
 
 from __future__ import annotations
 
 import csv
+import math
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from models.degradation import Kernel, resize, stored
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
@@ -37,7 +43,14 @@ def load_faces(source: Path, *, exclude: frozenset[str] = frozenset()) -> list[F
     """
     if source.is_dir():
         return list(_folder(source, exclude))
-    return list(_tar(source, exclude))
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist")
+    try:
+        return list(_tar(source, exclude))
+    except KeyError as exc:
+        raise ValueError(f"{source.with_suffix('.csv')} has no column {exc}") from None
+    except tarfile.TarError as exc:
+        raise ValueError(f"{source} is no tar, or not a whole one") from exc
 
 
 def load_names(path: Path) -> frozenset[str]:
@@ -82,34 +95,185 @@ def _folder(folder: Path, exclude: frozenset[str]) -> Iterator[Face]:
         yield Face(name, identity, image, box, np.full((5, 2), np.nan, np.float32))
 
 
-def cut(
-    face: Face,
-    size: tuple[int, int],
-    *,
-    framing: float,
-    angle: float = 0.0,
-    shift: tuple[float, float] = (0.0, 0.0),
-    flip: bool = False,
-) -> np.ndarray:
-    """Return the face cut out as (height, width, 3) uint8 BGR at `size` = (width, height).
+@dataclass(frozen=True, slots=True)
+class Clean:
+    """A batch of clean faces."""
 
-    `framing` is the crop's longer side over the box's larger side, `angle` in degrees, `shift` in parts of the side.
-    Beyond the image its edge is replicated. Shrinking is done by area, so that the result is not aliased.
+    images: Tensor
+    """(n, 3, h, w) float32 RGB in whole grey levels, 0..255."""
+    landmarks: Tensor
+    """(n, 5, 2) float32 in pixels of the images; NaN where unknown."""
+
+
+class FaceTensors:
+    """Whole sets of faces in the memory of a device, in groups by the size at which they are kept.
+
+    OpenCV brings each face to the largest of `SIDES` that it reaches, and to 0.7 and 0.5 of that: a face is cut from
+    the smallest level that need not be enlarged much, so that it is neither aliased nor soft.
     """
-    x1, y1, x2, y2 = face.box
-    width, height = size
-    side = framing * max(x2 - x1, y2 - y1)
-    scale = max(width, height) / side
-    image = face.image
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        x1, y1, x2, y2 = (v * scale for v in (x1, y1, x2, y2))
-        side *= scale
-        scale = 1.0
-    centre = ((x1 + x2) / 2 + shift[0] * side, (y1 + y2) / 2 + shift[1] * side)
-    matrix = cv2.getRotationMatrix2D(centre, angle, scale)
-    matrix[:, 2] += (width / 2 - centre[0], height / 2 - centre[1])
-    if flip:
-        matrix[0] = -matrix[0]
-        matrix[0, 2] += width - 1
-    return cv2.warpAffine(image, matrix, size, flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+
+    SIDES = (256, 200, 144)
+    _MOST = 1.2  # a clean face is enlarged by more only where none is large enough
+
+    def __init__(self, faces: Sequence[Face], device: torch.device) -> None:
+        """Raises ValueError where no face is large enough."""
+        self.device = device
+        kept: dict[int, list[Face]] = {side: [] for side in self.SIDES}
+        for face in faces:
+            if side := max((side for side in self.SIDES if side <= min(face.image.shape[:2])), default=0):
+                kept[side].append(face)
+        self.groups = [_Group(members, side, device) for side, members in kept.items() if members]
+        if not self.groups:
+            largest = max((min(face.image.shape[:2]) for face in faces), default=0)
+            raise ValueError(f"the largest of {len(faces)} faces has {largest} px, {self.SIDES[-1]} px are needed")
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the largest faces."""
+        return self.groups[0].side
+
+    def portraits(self, rng: np.random.Generator, n: int, size: tuple[int, int], *, vary: bool = True) -> Clean:
+        """Return SGEN's faces: 217 of 256 columns, brought by area to `size` = (width, height).
+
+        They are flipped, and the columns chosen, at random; without `vary` the first `n` as they are, from the centre.
+        """
+        width, height = size
+        group, rows = self._draw(rng, n, max(height, math.ceil(width * 256 / 217)), vary=vary)
+        side = group.side
+        columns = round(217 / 256 * side)
+        left = int(rng.integers(side - columns + 1)) if vary else (side - columns) // 2
+        images = group.levels[0][rows][..., left : left + columns].float()
+        landmarks = group.landmarks[rows] - torch.tensor([left, 0.0], device=self.device)
+        scale = torch.tensor([width / columns, height / side], device=self.device)
+        kernel: Kernel = "area" if width <= columns and height <= side else "cubic"
+        return self._flipped(rng, stored(resize(images, size, kernel)), (landmarks + 0.5) * scale - 0.5, vary)
+
+    def patches(self, rng: np.random.Generator, n: int, side: int, *, vary: bool = True) -> Clean:
+        """Return windows of `side` px of the largest faces at their stored scale, each mirrored and turned at random.
+
+        Without `vary` the centres of the first `n`. Landmarks are then known, else not, as a window may lack them.
+        Raises ValueError where the faces are smaller than that.
+        """
+        if side > self.side:
+            raise ValueError(f"windows of {side} px do not fit into faces of {self.side} px")
+        group, rows = self._draw(rng, n, self.side, vary=vary)
+        least = (group.side - side) // 2
+        corners = rng.integers(group.side - side + 1, size=(n, 2)) if vary else np.full((n, 2), least)
+        places = zip(rows.tolist(), corners.tolist(), strict=True)
+        images = torch.stack([group.levels[0][row, :, y : y + side, x : x + side] for row, (y, x) in places]).float()
+        if not vary:
+            return Clean(images, group.landmarks[rows] - float(least))
+        for turned in (lambda x: x.flip(3), lambda x: x.flip(2), lambda x: x.transpose(2, 3)):
+            chosen = torch.from_numpy(rng.random(n) < 0.5).to(self.device)
+            images = torch.where(chosen[:, None, None, None], turned(images), images)
+        return Clean(images, torch.full_like(group.landmarks[rows], torch.nan))
+
+    def crops(self, rng: np.random.Generator, n: int, side: int, *, vary: bool = True) -> Clean:
+        """Return faces as the product crops them, `side` px: framed at 1.1 to 1.8 times the box, turned, shifted,
+        mirrored. Without `vary` the first `n`, upright and framed at 1.6."""
+        group, rows = self._draw(rng, n, side / 1.05, vary=vary)
+        boxes = group.boxes[rows]
+        face = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1).cpu().numpy()
+        least = np.minimum(np.maximum(1.1, side / (self._MOST * face)), 1.8)
+        framing = rng.uniform(least, 1.8) if vary else np.full(n, 1.6)
+        angle = np.radians(rng.normal(0, 6, n)) if vary else np.zeros(n)
+        shift = rng.normal(0, 0.03, (n, 2)) if vary else np.zeros((n, 2))
+        scale = framing * face / side  # pixels of the stored face for each of the crop
+        number = self._level(group, float(scale.min()))
+        level, times = group.levels[number], group.levels[number].shape[-1] / group.side
+
+        centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu().numpy() + shift * (scale * side)[:, None]
+        turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], axis=1).reshape(n, 2, 2)
+        turn *= scale[:, None, None]
+        offset = centre - turn.sum(axis=2) * ((side - 1) / 2)
+        to_stored = torch.tensor(np.concatenate([turn, offset[:, :, None]], axis=2), dtype=torch.float32)
+        to_stored = to_stored.to(self.device)
+        to_level = to_stored * times
+        to_level[:, :, 2] += (times - 1) / 2
+        images = stored(cut_out(level[rows].float(), to_level, side))
+        inverse = torch.linalg.inv(to_stored[:, :, :2])
+        landmarks = (group.landmarks[rows] - to_stored[:, None, :, 2]) @ inverse.transpose(1, 2)
+        return self._flipped(rng, images, landmarks, vary)
+
+    def _draw(self, rng: np.random.Generator, n: int, side: float, *, vary: bool) -> tuple[_Group, Tensor]:
+        """Return a group kept at `side` px at least, where there is one, and the rows of n of its faces."""
+        fit = [group for group in self.groups if side <= group.side] or self.groups[:1]
+        if not vary:
+            return fit[0], torch.arange(n, device=self.device) % len(fit[0])
+        sizes = np.array([len(group) for group in fit])
+        group = fit[int(rng.choice(len(fit), p=sizes / sizes.sum()))]
+        return group, torch.from_numpy(rng.integers(len(group), size=n)).to(self.device)
+
+    def _level(self, group: _Group, least_scale: float) -> int:
+        """Return the number of the smallest level from which no face is enlarged by more than `_MOST`."""
+        fit = [
+            i for i, level in enumerate(group.levels) if least_scale * level.shape[-1] / group.side >= 1 / self._MOST
+        ]
+        return max(fit, default=0)
+
+    def _flipped(self, rng: np.random.Generator, images: Tensor, landmarks: Tensor, vary: bool) -> Clean:
+        if not vary:
+            return Clean(images, landmarks)
+        mirrored = torch.from_numpy(rng.random(len(images)) < 0.5).to(self.device)
+        there = landmarks[:, [1, 0, 2, 4, 3]] * torch.tensor([-1.0, 1.0], device=self.device)
+        there += torch.tensor([images.shape[3] - 1.0, 0.0], device=self.device)
+        return Clean(
+            torch.where(mirrored[:, None, None, None], images.flip(3), images),
+            torch.where(mirrored[:, None, None], there, landmarks),
+        )
+
+
+class _Group:
+    """Faces kept at one size, with smaller levels of the same."""
+
+    def __init__(self, faces: Sequence[Face], side: int, device: torch.device) -> None:
+        self.side = side
+        squares = [_square(face, side) for face in faces]
+        sizes = (side, round(0.7 * side), side // 2)
+        self.levels = [_stack([_shrunk(image, size) for image, _, _ in squares]).to(device) for size in sizes]
+        """(n, 3, s, s) uint8 RGB each."""
+        self.boxes = torch.tensor(np.array([box for _, box, _ in squares]), dtype=torch.float32, device=device)
+        self.landmarks = torch.tensor(
+            np.stack([points for _, _, points in squares]), dtype=torch.float32, device=device
+        )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+def cut_out(images: Tensor, matrices: Tensor, side: int, mode: str = "bicubic") -> Tensor:
+    """Return (n, c, side, side): pixel p of the result is the image at `matrix @ (p, 1)`, matrices (n, 2, 3).
+
+    Pixel centres lie at whole numbers; beyond the image its edge is replicated.
+    """
+    height, width = images.shape[2:]
+    along = torch.arange(side, device=images.device, dtype=matrices.dtype)
+    y, x = torch.meshgrid(along, along, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], dim=-1)
+    places = torch.einsum("nij,hwj->nhwi", matrices, points)
+    extent = torch.tensor([width, height], device=images.device, dtype=matrices.dtype)
+    grid = (places + 0.5) / extent * 2 - 1
+    return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
+
+
+def _square(face: Face, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return image, box and landmarks of the face's middle square, brought to `side`."""
+    height, width = face.image.shape[:2]
+    least = min(height, width)
+    corner = np.array([(width - least) // 2, (height - least) // 2])
+    image = face.image[corner[1] : corner[1] + least, corner[0] : corner[0] + least]
+    scale = side / least
+    box = (np.array(face.box) - np.tile(corner, 2)) * scale
+    return _shrunk(image, side), box, (face.landmarks - corner + 0.5) * scale - 0.5
+
+
+def _shrunk(image: np.ndarray, side: int) -> np.ndarray:
+    return image if image.shape[0] == side else cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def _stack(images: Sequence[np.ndarray]) -> Tensor:
+    """(h, w, 3) BGR each to (n, 3, h, w) RGB."""
+    return torch.from_numpy(np.ascontiguousarray(np.stack(images)[..., ::-1].transpose(0, 3, 1, 2)))

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
 
-from models.checkpoint import build, load_checkpoint
-from models.sgen import Sgen
+from models.checkpoint import SAME_KEY, build, load_checkpoint, shipped_weights
 
 EXPORTER_VERSION = "1"
 OPSET = 18  # from 20 on GridSample is written `linear`, which TensorRT 11 is reported to run as nearest
@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--trained-on", default="", help="what faces, in a sentence; by default the names of the sets")
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.name}.onnx"
-    state = load_checkpoint(arguments.checkpoint)
+    try:
+        state = load_checkpoint(arguments.checkpoint)
+    except (OSError, ValueError) as exc:
+        parser.exit(2, f"{exc}\n")
     export(state, path, name=arguments.name, license=arguments.license, trained_on=arguments.trained_on)
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, step {state['step']}, scores {state.get('scores')}")
 
@@ -48,44 +51,51 @@ def export(state: dict[str, Any], path: Path, *, name: str, license: str, traine
     """
     config = state["config"]
     trained_on = trained_on or ", ".join(Path(source).stem for source in config["data"])
-    network = build(state["network"])
-    network.load_state_dict(state["weights"])
+    network, weights = build(state["network"]), shipped_weights(state)
+    network.load_state_dict(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     card = restorer_card(network, name=name, license=license, trained_on=trained_on, enlarge=config["enlarge"])
     model = to_onnx(network.eval())
+    same = _same(model, weights)
     _halve(model)
     _strip(model)
-    model.metadata_props.append(onnx.StringStringEntryProto(key="streamer.card", value=json.dumps(card)))
+    model.metadata_props.add(key="streamer.card", value=json.dumps(card))
+    if same:
+        model.metadata_props.add(key=SAME_KEY, value=json.dumps(same))
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
 
 
-def restorer_card(network: Sgen, *, name: str, license: str, trained_on: str, enlarge: str) -> dict[str, Any]:
-    """Return what the network says of itself (engines/card.py reads it)."""
-    channels = network.config.channels
+def restorer_card(network: nn.Module, *, name: str, license: str, trained_on: str, enlarge: str) -> dict[str, Any]:
+    """Return what the network says of itself (engines/card.py reads it).
+
+    A network that enlarges by itself has the one scale it was built for; any other is given the face enlarged.
+    """
+    config: Any = network.config
     return {
         "name": name,
         "task": "restoration",
         "exporter": f"models.export {EXPORTER_VERSION} {_own_hash()}",
-        "inputs": [{"name": "image", "layout": "NCHW", "shape": ["n", channels, "h", "w"]}],
-        "outputs": [{"name": "restored", "layout": "NCHW", "shape": ["n", channels, "h", "w"]}],
+        "inputs": [{"name": "image", "layout": "NCHW", "shape": ["n", 3, "h", "w"]}],
+        "outputs": [{"name": "restored", "layout": "NCHW", "shape": ["n", 3, "h", "w"]}],
         "color": "RGB",
         "mean": [127.5] * 3,
         "std": [127.5] * 3,
         "output_range": [-1.0, 1.0],
-        "scales": [4, 2, 1],
-        "enlarge": enlarge,
-        "size_multiple": network.config.multiple,
+        "scales": [config.scale] if config.scale else [4, 2, 1],
+        "enlarge": "none" if config.scale else enlarge,
+        "size_multiple": config.multiple,
         "license": license,
         "trained_on": trained_on,
     }
 
 
-def to_onnx(network: Sgen) -> onnx.ModelProto:
+def to_onnx(network: nn.Module) -> onnx.ModelProto:
     """Return the network as ONNX with free batch, height and width."""
-    multiple = network.config.multiple
-    example = torch.zeros(2, network.config.channels, 4 * multiple, 3 * multiple)
-    rows, columns = torch.export.Dim("rows", min=1, max=256), torch.export.Dim("columns", min=1, max=256)
+    config: Any = network.config
+    multiple = config.multiple
+    example = torch.zeros(2, 3, 8 * multiple, 6 * multiple)
+    rows, columns = torch.export.Dim("rows", min=1, max=1024), torch.export.Dim("columns", min=1, max=1024)
     free = {0: torch.export.Dim("n", min=1, max=4096), 2: multiple * rows, 3: multiple * columns}
     program = torch.onnx.export(
         network, (example,), dynamo=True, external_data=False, opset_version=OPSET,
@@ -94,6 +104,14 @@ def to_onnx(network: Sgen) -> onnx.ModelProto:
     if program is None:
         raise RuntimeError("torch.onnx.export gave nothing")
     return program.model_proto
+
+
+def _same(model: onnx.ModelProto, weights: dict[str, Tensor]) -> dict[str, str]:
+    """Return the weights that the exporter left out as they equal another, each with the other's name."""
+    stored = [tensor.name for tensor in model.graph.initializer if tensor.name in weights]
+    left_out = [name for name in weights if name not in stored]
+    pairs = {name: next((s for s in stored if torch.equal(weights[s], weights[name])), None) for name in left_out}
+    return {name: other for name, other in pairs.items() if other}
 
 
 def _halve(model: onnx.ModelProto) -> None:

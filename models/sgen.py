@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class SgenConfig:
     """Ours: width of a small path at full size beside the ensemble, 0 for none. All else goes through the 1/2^(N+1)
     grid, which has not room for every pixel: without it nothing that is sharp can be denoised at x1."""
 
+    scale: ClassVar[None] = None
+    """Its input already has the result's size."""
+
     @property
     def multiple(self) -> int:
         """Height and width of the input are multiples of this."""
@@ -65,7 +68,7 @@ class SgenConfig:
 
 PRESETS: dict[str, SgenConfig] = {
     "paper": SgenConfig(),
-    "default": SgenConfig(base=32, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1, detail=16),
+    "default": SgenConfig(base=28, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1, detail=16),
     "small": SgenConfig(base=16, down="fit", up="fit", stem="unshuffle", residual=True, blocks=1, detail=12),
 }
 
