@@ -121,7 +121,8 @@ def carphone(clips: Path, lpips: Path | None) -> None:
             routed = image
             if route.restorer != NONE:
                 ((restored, _),) = restorer.restore([image])
-                routed = cv2.resize(restored, image.shape[1::-1], interpolation=cv2.INTER_AREA)
+                # not by area: even the raw crop, enlarged twice and brought back by area, comes out blurred
+                routed = cv2.resize(restored, image.shape[1::-1], interpolation=cv2.INTER_CUBIC)
             routes.append(route.restorer)
             rows.append(
                 [
