@@ -23,8 +23,7 @@ from typing import Annotated, Any, Literal
 import cv2
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -35,6 +34,7 @@ from models.checkpoint import NETWORKS, build, describe, load_checkpoint, load_w
 from models.dataset import Face, FaceTensors, load_faces, load_names
 from models.discriminators import SgenDiscriminator, SgenDiscriminatorConfig, discriminator_loss, generator_loss
 from models.losses import PIXEL_LOSSES, FaceLikeness, Judges, Perceptual
+from models.settings import SettingsError, read_settings
 
 _MAY_CHANGE = {"steps", "minutes", "out", "validate_every", "init"}  # none of them changes what a step does
 _MEASURE = {
@@ -156,18 +156,11 @@ def main() -> None:
 
 def read_config(path: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
     """Read a run's YAML, its paths made absolute. Raises TrainError with every mistake and its place."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as exc:
-        raise TrainError(f"{path}: {' '.join(str(exc).split())}") from None
-    if not isinstance(settings, dict):
-        raise TrainError(f"{path}: no settings")
     changed = {name: value.absolute() if isinstance(value, Path) else value for name, value in (changes or {}).items()}
     try:
-        return _absolute(TrainConfig.model_validate({**settings, **changed}), path.resolve().parent)
-    except ValidationError as exc:
-        told = "; ".join(f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors())
-        raise TrainError(f"{path}: {told}") from None
+        return _absolute(read_settings(TrainConfig, path, changed), path.resolve().parent)
+    except SettingsError as exc:
+        raise TrainError(str(exc)) from None
 
 
 def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, float]:
