@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from models import degradation
 from models.dataset import Clean, FaceTensors
-from models.degradation import SGEN_SIZES, Damage, Generators, stored
+from models.degradation import SGEN_SIZES, Damage, Generators, Shares, stored
 from models.losses import Judges
 
 T = TypeVar("T")
@@ -42,6 +42,8 @@ class Diet:
     """Side of SISN's windows at the low resolution."""
     vary: bool
     """Whether exposure, contrast and tint of the clean faces are varied."""
+    damage: Shares
+    """How often surveillance faces suffer from what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class Batches:
     def _surveillance(self, rng: np.random.Generator, draws: Generators) -> tuple[Tensor, Clean]:
         factor = self.scale or _pick(rng, self.diet.scales)
         clean = self._varied(rng, self.faces.crops(rng, self.batch, _pick(rng, self.diet.sides)))
-        damage = degradation.draw_damage(self.batch, draws)
+        damage = degradation.draw_damage(self.batch, draws, self.diet.damage)
         low = degradation.surveillance(clean.images, damage, draws, factor=factor)
         # a face in low light stays in it: a restorer mends what the camera did, not what it saw
         dark = stored(degradation.low_light(clean.images, damage.gain, damage.gamma))

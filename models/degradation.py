@@ -204,23 +204,44 @@ class Damage:
         )
 
 
-def draw_damage(n: int, draws: Generators, *, low_light: float = 0.15, shot: float = 0.3, h264: float = 0.25) -> Damage:
-    """Draw what surveillance cameras do to n faces: blur before the noise in half, JPEG or H.264 after it in half.
+@dataclass(frozen=True)
+class Shares:
+    """How often each kind of damage is drawn, from 0 to 1."""
 
-    `low_light` and `shot` are the shares of faces in low light and with noise that depends on the signal (whose size at
-    middle grey is drawn as that of other noise); `h264` is the share of batches, then whole, that H.264 codes.
-    """
+    blur: float = 0.5
+    """Faces that are blurred, three in ten of them by motion, before the noise."""
+    low_light: float = 0.15
+    """Faces in low light."""
+    noise: float = 0.85
+    """Faces with noise."""
+    shot: float = 0.3
+    """Noise that depends on the signal; its size at middle grey is drawn as that of other noise."""
+    jpeg: float = 0.25
+    """Faces that JPEG codes."""
+    h264: float = 0.25
+    """Batches, then whole, that H.264 codes."""
+
+    def __post_init__(self) -> None:
+        for name, share in vars(self).items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}: {share} is no share from 0 to 1")
+        if self.jpeg + self.h264 > 1:
+            raise ValueError(f"jpeg, h264: together {self.jpeg + self.h264:g}, more than all faces")
+
+
+def draw_damage(n: int, draws: Generators, shares: Shares = Shares()) -> Damage:
+    """Draw what surveillance cameras do to n faces."""
 
     def share(part: float) -> Tensor:
         return torch.rand(n, generator=draws.choices) < part
 
-    blurred = share(0.5)
+    blurred = share(shares.blur)
     moved = blurred & share(0.3)
-    dark = share(low_light)
-    level = torch.where(share(0.85), 30 * _uniform(0, 1, n, draws) ** 1.5, 0.0)
-    by_signal = torch.where(share(shot), _uniform(0.3, 1, n, draws), 0.0)  # of the variance at middle grey
-    crf = int(_whole(18, 42, 1, draws).item()) if torch.rand((), generator=draws.choices) < h264 else None
-    by_jpeg = share(max(0.5 - h264, 0) / (1 - h264)) if crf is None else torch.zeros(n, dtype=torch.bool)
+    dark = share(shares.low_light)
+    level = torch.where(share(shares.noise), 30 * _uniform(0, 1, n, draws) ** 1.5, 0.0)
+    by_signal = torch.where(share(shares.shot), _uniform(0.3, 1, n, draws), 0.0)  # of the variance at middle grey
+    crf = int(_whole(18, 42, 1, draws).item()) if torch.rand((), generator=draws.choices) < shares.h264 else None
+    by_jpeg = share(shares.jpeg / (1 - shares.h264)) if crf is None else torch.zeros(n, dtype=torch.bool)
     return Damage(
         motion=torch.where(moved, _uniform(1.5, 5, n, draws), 0.0),
         angle=_uniform(0, 180, n, draws),

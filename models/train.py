@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from models.batches import Batch, Batches, Diet, Protocol, Validation
 from models.checkpoint import NETWORKS, build, describe, load_checkpoint, load_weights, save_checkpoint
 from models.dataset import Face, FaceTensors, load_faces, load_names
+from models.degradation import Shares
 from models.discriminators import SgenDiscriminator, SgenDiscriminatorConfig, discriminator_loss, generator_loss
 from models.losses import PIXEL_LOSSES, FaceLikeness, Judges, Perceptual
 from models.settings import SettingsError, read_settings
@@ -93,6 +94,8 @@ class TrainConfig(BaseModel):
     """Side of SISN's windows at the low resolution."""
     vary: bool = True
     """Whether exposure, contrast and tint are varied."""
+    damage: Shares = Shares()
+    """How often surveillance faces suffer from what."""
 
     pixel: Literal["psnr", "mse", "l1", "charbonnier"] = "psnr"
     """The pixel loss; psnr is −PSNR of each image in dB."""
@@ -108,6 +111,9 @@ class TrainConfig(BaseModel):
     """LPIPS as ONNX, for surveillance batches too. A pixel loss alone draws what is smooth."""
     perceptual_weight: float = Field(8.0, ge=0)
     """Of LPIPS, beside the pixel loss."""
+    pixel_share: float = Field(0.0, ge=0, lt=1)
+    """The first part of the run, by the pixel loss alone: an embedder that judges from the start teaches what pleases
+    it and no other."""
     adversarial: float = Field(0.0, ge=0)
     """Weight of SGEN's adversarial loss beside the pixel loss; 0 trains without a discriminator. The paper: 0.1."""
     discriminator: SgenDiscriminatorConfig = SgenDiscriminatorConfig()
@@ -179,7 +185,7 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, flo
     if config.batch == 1 and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         raise TrainError("batch: batch normalisation needs 2 faces at least")
     judge = SgenDiscriminatorOptimiser(config, device) if config.adversarial else None
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
     if leads:
@@ -228,7 +234,8 @@ def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, flo
     while step < config.steps:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        parts = _learn(config, trained, optimizer, batches[step], judges, judge)
+        present = judges if step >= config.pixel_share * config.steps else Judges(None, None)
+        parts = _learn(config, trained, optimizer, batches[step], present, judge)
         averaged.update_parameters(network)
         step += 1
         for name, value in parts.items():
@@ -365,7 +372,7 @@ def _load(
     diet = Diet(
         config.protocols, config.scales, config.sides,
         (config.sigma, config.sigma) if isinstance(config.sigma, float) else config.sigma,
-        config.noise, config.patch, config.vary,
+        config.noise, config.patch, config.vary, config.damage,
     )  # fmt: skip
     with _place("likeness"):
         likeness = FaceLikeness(config.likeness).to(device) if config.likeness else None
@@ -400,7 +407,8 @@ def _plan(
 ) -> tuple[int, float]:  # fmt: skip
     """Return how many steps fit into the minutes, and the seconds of a validation.
 
-    Measured on a few steps, which are undone; where there are several processes, they agree on the slowest.
+    Measured on a few steps, which are undone, with all judges; where there are several processes, they agree on the
+    slowest.
     """
     device, seconds = batches.faces.device, 60 * (config.minutes or 0)
     learners = [network, optimizer, *([judge] if judge else [])]
@@ -548,10 +556,20 @@ def _moved(moments: dict[str, Any], names: list[str], network: nn.Module, kept: 
     return {"state": state, "param_groups": [{**moments["param_groups"][0], "params": list(range(len(now)))}]}
 
 
+def _average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Return the rule by which weights are averaged: over fewer steps at first, so that a short run is not left with
+    the weights it began with."""
+
+    def update(averaged: Any, weights: Any, done: Tensor) -> None:
+        get_ema_multi_avg_fn(min(decay, (1 + int(done)) / (10 + int(done))))(averaged, weights, done)
+
+    return update
+
+
 def _schedule(step: int, config: TrainConfig) -> float:
-    """Warm up over 200 steps, hold, then fall linearly: the decay may be moved while a run holds."""
-    decay_from = config.steps * (1 - config.decay_share)
-    return min((step + 1) / 200, 1.0, max((config.steps - step) / (config.steps - decay_from), 0.0))
+    """Warm up over 200 steps (a tenth of a short run), hold, then fall linearly: the decay may be moved meanwhile."""
+    warm_up, decay = min(200, config.steps / 10), config.steps * config.decay_share
+    return max(min((step + 1) / warm_up, 1.0, (config.steps - step) / decay), 0.0)
 
 
 def _has_bf16(device: torch.device) -> bool:

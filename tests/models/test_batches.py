@@ -12,14 +12,14 @@ from torch import Tensor, nn  # noqa: E402
 
 from models.batches import Batch, Batches, Diet, Validation, psnr  # noqa: E402
 from models.dataset import Face, FaceTensors  # noqa: E402
-from models.degradation import SGEN_SIZES  # noqa: E402
+from models.degradation import SGEN_SIZES, Shares  # noqa: E402
 from models.losses import Judges  # noqa: E402
 
 CPU = torch.device("cpu")
 POINTS = np.array([[97.0, 105], [151, 103], [126, 133], [106, 164], [148, 162]])  # of the astronaut, by hand
 DIET = Diet(
     protocols={"surveillance": 1.0}, scales={4: 0.4, 2: 0.35, 1: 0.25}, sides={96: 1.0}, sigma=None, noise="gauss",
-    patch=32, vary=True,
+    patch=32, vary=True, damage=Shares(),
 )  # fmt: skip
 
 

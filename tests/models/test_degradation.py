@@ -14,6 +14,7 @@ from torch import Tensor  # noqa: E402
 from models.degradation import (  # noqa: E402
     SHRINKING,
     Damage,
+    Shares,
     _gfrnet,
     draw_damage,
     gaussian_blur,
@@ -411,6 +412,17 @@ def test_the_draws_are_spread_as_promised():
     assert min(by_h264) == 18 and max(by_h264) == 42
     assert torch.bincount(every["kernel"]).tolist() == pytest.approx([1600] * 4, rel=0.1)
     assert all(not d.quality.any() for d in drawn if d.crf is not None)
+
+
+def test_shares_say_how_often_each_damage_is_drawn():
+    none = Shares(blur=0, low_light=0, noise=0, shot=0, jpeg=0, h264=0)
+    spared = [draw_damage(8, generators(0, step), none) for step in range(20)]
+    assert not any((d.blur > 0).any() or (d.motion > 0).any() or (d.gain < 1).any() for d in spared)
+    assert not any(d.noise.any() or d.shot.any() or d.quality.any() or d.crf for d in spared)
+
+    mostly_jpeg = [draw_damage(8, generators(0, step), Shares(jpeg=0.65, h264=0.15)) for step in range(400)]
+    assert np.mean([d.quality.bool().numpy() for d in mostly_jpeg]) == pytest.approx(0.65, abs=0.04)
+    assert np.mean([d.crf is not None for d in mostly_jpeg]) == pytest.approx(0.15, abs=0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

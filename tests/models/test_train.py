@@ -301,6 +301,9 @@ def test_a_changed_config_is_one_line_and_exit_code_2(faces, half, monkeypatch, 
         ({"protocols": {"sgen": 0}}, "protocols.sgen: "),
         ({"protocols": {"scgan": 1}}, "protocols.scgan"),
         ({"discriminator": {"reading": "poem"}}, "discriminator.reading: "),
+        ({"damage": {"blur": 1.5}}, "damage: "),
+        ({"damage": {"jpeg": 0.8, "h264": 0.5}}, "damage: "),
+        ({"damage": {"rain": 0.5}}, "damage.rain: "),
         ({"data": ["nowhere"]}, "nowhere does not exist"),
         ({"validation": "nowhere.tar"}, "nowhere.tar does not exist"),
         ({"exclude": "nowhere.txt"}, "exclude: "),
@@ -388,6 +391,23 @@ def test_the_frozen_judges_take_part_in_the_loss_by_their_weights(labelled, tmp_
 
     assert equal(ended["without"], ended["unweighted"])
     assert not equal(ended["without"], ended["with"])
+
+
+def test_a_run_may_begin_by_the_pixel_loss_alone(labelled, tmp_path):
+    ways = {
+        "pixel": {"steps": 2},
+        "pixel for longer": {"steps": 2, "pixel_share": 0.9, "likeness": labelled / "embedder.onnx"},
+        "pixel, then both": {"steps": 4, "pixel_share": 0.5, "likeness": labelled / "embedder.onnx"},
+        "pixel to the end": {"steps": 4},
+    }
+
+    ended = {}
+    for name, changes in ways.items():
+        train(config(labelled / "faces.tar", tmp_path / name, **changes))
+        ended[name] = load_checkpoint(tmp_path / name / "last.pt")["weights"]
+
+    assert equal(ended["pixel"], ended["pixel for longer"])
+    assert not equal(ended["pixel to the end"], ended["pixel, then both"])
 
 
 def test_a_run_with_judges_tells_what_they_saw(labelled, tmp_path):
