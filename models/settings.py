@@ -40,5 +40,8 @@ def read_settings(kind: type[Settings], path: Path, changes: Mapping[str, Any] |
     try:
         return kind.model_validate({**fields, **(changes or {})}, context=path.resolve().parent)
     except ValidationError as exc:
-        told = (f"{'.'.join(map(str, error['loc'])) or 'settings'}: {error['msg']}" for error in exc.errors())
+        told = (
+            f"{'.'.join(map(str, error['loc'])) or 'settings'}: {error['msg'].removeprefix('Value error, ')}"
+            for error in exc.errors()
+        )
         raise SettingsError(f"{path}: {'; '.join(told)}") from None

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 import cv2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -51,6 +51,12 @@ _TRIAL_SHARE = 0.02  # of the minutes: batches differ in size, so a few say litt
 Share = Annotated[float, Field(gt=0)]
 
 
+def _for_training(source: Path) -> Path:
+    if source.stem.endswith(("_test", "_val")):
+        raise ValueError(f"{source.stem} is kept from training: what was trained on it cannot be judged by it")
+    return source
+
+
 class TrainError(ValueError):
     """The run cannot begin or go on: its data or its config is wrong. The message is one line."""
 
@@ -66,7 +72,7 @@ class TrainConfig(BaseModel):
     """Where its config starts from; `override` changes single fields."""
     override: dict[str, Any] = {}
     """Fields of the network's config that differ from the preset."""
-    data: list[Path]
+    data: list[Annotated[Path, AfterValidator(_for_training)]]
     """Tars with their CSV beside them, or folders of face crops. Relative paths are relative to this file."""
     exclude: Path | None = None
     """A list of faces that must not be trained on (calibration.txt)."""
