@@ -1,7 +1,7 @@
 """Discriminators, which judge whether a face is real while a restorer learns; none of them ships.
 
-Here: SGEN's, in its two readings, and its adversarial losses in the form for logits. SISN has none: it learns from
-pixels alone.
+Here: SGEN's, in its two readings, and its adversarial losses in the form for logits; SCGAN's, and the hinge losses.
+SISN has none: it learns from pixels alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 Reading = Literal["code", "journal"]
 
@@ -64,6 +65,80 @@ class SgenDiscriminator(nn.Module):
         pooled = self.layers(image).mean(dim=(2, 3))
         logits: Tensor = self.judge(pooled).squeeze(1)
         return logits
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """E[max(0, 1 − D(real))] + E[max(0, 1 + D(fake))] of the logits (n,): what SCGAN's discriminators minimise.
+
+    The negative of SCGAN's eq. 3, 9, 10 and 13. `fake` comes from faces that were detached from their generator.
+    """
+    return F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """−E[D(fake)] of the logits (n,): what SCGAN's generators minimise, as the author code has it."""
+    return -fake.float().mean()
+
+
+@dataclass(frozen=True)
+class ScganDiscriminatorConfig:
+    """What one of SCGAN's discriminators is made of."""
+
+    downs: int = 4
+    """How many of the six blocks, the last ones, halve the size: 4 for D_H at 64 px, 15,456,641 parameters; 2 for D_L
+    at 16 px, 15,390,849. For larger faces more, so that 4x4 remain."""
+    width: int = 128
+    """Channels of the first two blocks; twice as many in the next two, and again in the last."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.downs <= 6:
+            raise ValueError(f"downs {self.downs}: SCGAN's discriminators have six blocks")
+        if self.width < 1:
+            raise ValueError(f"width {self.width}: SCGAN's discriminators want one channel at least")
+
+
+class ScganDiscriminator(nn.Module):
+    """Images (n, 3, H, W) float in [-1, 1], H and W of 2**downs at least, to logits (n,): above 0 is real.
+
+    All layers have spectral normalisation, with one power iteration for each forward pass in training. The linear
+    layers see 4x4 features: what other sizes leave is averaged to that.
+    """
+
+    def __init__(self, config: ScganDiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = [3, *(config.width * factor for factor in (1, 1, 2, 2, 4, 4))]
+        self.blocks = nn.Sequential(
+            *(SpectralBlock(width[k], width[k + 1], down=k >= 6 - config.downs) for k in range(6))
+        )
+        self.squeeze = spectral_norm(nn.Linear(16 * width[-1], width[-1]))
+        self.judge = spectral_norm(nn.Linear(width[-1], 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.blocks(image)
+        if x.shape[2:] != (4, 4):
+            x = F.adaptive_avg_pool2d(x, 4)
+        logits: Tensor = self.judge(F.relu(self.squeeze(x.flatten(1)))).squeeze(1)
+        return logits
+
+
+class SpectralBlock(nn.Module):
+    """ReLU, 3x3, ReLU, 3x3, and its skip. `down`: of each 2x2 the greatest goes into the second 3x3 and the skip."""
+
+    def __init__(self, channels_in: int, channels_out: int, *, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.first = spectral_norm(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False))
+        self.second = spectral_norm(nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False))
+        bent = down or channels_in != channels_out
+        self.skip = spectral_norm(nn.Conv2d(channels_in, channels_out, 1)) if bent else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.first(F.relu(x)))
+        if self.down:
+            inner, x = F.max_pool2d(inner, 2), F.max_pool2d(x, 2)
+        out: Tensor = self.second(inner) + self.skip(x)
+        return out
 
 
 def _code_layer(channels_in: int, channels_out: int, *, first: bool) -> nn.Module:
