@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import cv2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
@@ -103,15 +103,6 @@ class AblateConfig(BaseModel):
         if taken := _OURS_ALONE & base.keys():
             raise ValueError(f"{', '.join(sorted(taken))}: set by the ablation, whose budget is in steps")
         return {**base, "out": "."}
-
-    @field_validator("base")
-    @classmethod
-    def _absolute(cls, base: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        if not isinstance(info.context, Path):
-            return base
-        folder = info.context
-        paths = {name: (folder / value).resolve() for name, value in base if isinstance(value, Path)}
-        return base.model_copy(update={**paths, "data": [(folder / path).resolve() for path in base.data]})
 
     @model_validator(mode="after")
     def _possible(self) -> AblateConfig:

@@ -182,7 +182,7 @@ def test_that_holds_with_everything_that_a_loss_can_have(labelled, tmp_path, cha
 
 def _assert_same_run(whole: Path, resumed: Path) -> None:
     for name, keys in {
-        "last.pt": {"weights", "averaged", "optimizer", "parameters", "judge", "best", "best_scores", "step"},
+        "last.pt": {"weights", "averaged", "optimizer", "parameters", "others", "best", "best_scores", "step"},
         "best.pt": {"weights", "scores", "step"},
     }.items():
         states = [load_checkpoint(folder / name) for folder in (whole, resumed)]
@@ -362,7 +362,7 @@ def test_a_training_that_runs_away_ends_and_keeps_what_it_had(faces, tmp_path):
     before = (tmp_path / "last.pt").read_bytes()
 
     with pytest.raises(TrainError, match=r"step 4: the weights are no numbers any more"):
-        train(config(faces, tmp_path, steps=6, validate_every=2, learning_rate=1e38), accept_changes=True)
+        train(config(faces, tmp_path, steps=6, validate_every=2, learning_rate=1e37), accept_changes=True)
 
     assert (tmp_path / "last.pt").read_bytes() == before
 
@@ -548,7 +548,7 @@ def test_minutes_become_a_plan_in_steps_that_is_kept_and_whose_measuring_leaves_
     else:
         train(judged(labelled, tmp_path / "steps", **settings))
     other = load_checkpoint(tmp_path / "steps/last.pt")
-    for key in ("weights", "averaged", "optimizer", "judge"):
+    for key in ("weights", "averaged", "optimizer", "others"):
         assert equal(state[key], other[key]), key
 
 
@@ -577,21 +577,22 @@ def test_steps_on_the_command_line_are_stronger_than_minutes_in_the_yaml(faces, 
 
 TWO_PROCESSES = """
 import os, sys, torch
+import models.loop as loop
 import models.train as training
 
 kept = {}
 
-class Kept(training.DistributedDataParallel):
+class Kept(loop.DistributedDataParallel):
     def __init__(self, network):
         super().__init__(network)
         kept["network"] = network
 
-class KeptOptimiser(training.SgenDiscriminatorOptimiser):
+class KeptLearner(loop.Learner):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         kept["judge"] = self.network
 
-training.DistributedDataParallel, training.SgenDiscriminatorOptimiser = Kept, KeptOptimiser
+loop.DistributedDataParallel, training.Learner = Kept, KeptLearner
 sys.argv = ["train", sys.argv[1], "--minutes", "0.05"]
 training.main()
 weights = {name: dict(network.named_parameters()) for name, network in kept.items()}
