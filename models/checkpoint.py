@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from models import rivals, sgen, sisn
+from models import gfrnet, rivals, scgan, sgen, sisn
 
 SAME_KEY = "streamer.same_weights"
 """In the metadata of an ONNX: weights that equal another, which it holds alone, as JSON."""
@@ -36,6 +36,8 @@ class Known:
 NETWORKS = {
     "sgen": Known(sgen.Sgen, sgen.SgenConfig, sgen.PRESETS),
     "sisn": Known(sisn.Sisn, sisn.SisnConfig, sisn.PRESETS),
+    "scgan": Known(scgan.Restoration, scgan.ScganConfig, scgan.PRESETS),
+    "gfrnet": Known(gfrnet.Gfrnet, gfrnet.GfrnetConfig, gfrnet.PRESETS),
     "srcnn": Known(rivals.Srcnn, rivals.SrcnnConfig, rivals.PRESETS["srcnn"]),
     "rednet": Known(rivals.RedNet, rivals.RedNetConfig, rivals.PRESETS["rednet"]),
     "srresnet": Known(rivals.Srresnet, rivals.SrresnetConfig, rivals.PRESETS["srresnet"]),
