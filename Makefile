@@ -17,10 +17,11 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(RUN) -m pip --no-input
 demo: $(VENV)/demo.stamp
 	$(RUN) -m streamer.demo
 
-# Two processes, as in the product: torch and OpenVINO in one crashed within a training (segmentation fault).
+# Processes apart, as in the product: torch and OpenVINO in one crashed within a training (segmentation fault).
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -q tests/models
-	$(RUN) -m pytest -q --ignore=tests/models
+	$(RUN) -m pytest -q tests/engines
+	$(RUN) -m pytest -q --ignore=tests/models --ignore=tests/engines
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff check .
