@@ -71,6 +71,8 @@ class NetworkCard(BaseModel):
     """Of a restorer: how many times as large the result may be, such as 4, 2, 1."""
     enlarge: Literal["nearest", "cubic", "none"] = "none"
     """Of a restorer: how the crop is brought to the result's size before the network; none: it enlarges by itself."""
+    result_size: int | None = None
+    """Of a guided restorer: side in pixels of its result, to which the crop is enlarged, whatever its size."""
     size_multiple: int = 1
     """Height and width of an input image are multiples of this."""
     alignment: tuple[tuple[float, float], ...] | None = None

@@ -13,6 +13,7 @@ from streamer.camera import Camera
 from streamer.config import StreamerConfig
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
+from streamer.guided import GuidedRestorer
 from streamer.metrics import Metrics
 from streamer.pipeline import Pipeline, Stages
 from streamer.publisher import EventPublisher, new_epoch
@@ -47,6 +48,11 @@ class Networks:
             return None
         found = self._store.find(name, task="restoration")
         return FaceRestorer(self._load(found, self._backend), max_size=max_size)
+
+    def guided_restorer(self, name: str) -> GuidedRestorer:
+        """Load a restorer that takes a guide. Raises as `detector` does."""
+        found = self._store.find(name)
+        return GuidedRestorer(self._load(found, self._backend))
 
     def embedder(self, model: str | None) -> FaceEmbedder | None:
         """Load an embedder, or None where none is configured. Raises as `detector` does."""

@@ -177,24 +177,31 @@ def restore(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Photos or face crops, files or folders.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")],
     restorer: Annotated[str | None, typer.Option(metavar="NAME", help="Which; by default the route decides.")] = None,
-    guide: Annotated[Path | None, typer.Option(metavar="PHOTO", help="A photo of the same person.")] = None,
+    guide: Annotated[
+        list[Path] | None, typer.Option(metavar="PHOTO", help="A photo of the same person; may be given several times.")
+    ] = None,
+    fuse: Annotated[bool, typer.Option("--fuse", help="All guides at once, not the one of the nearest pose.")] = False,
+    parts: Annotated[bool, typer.Option("--parts", help="Write what the guide did as a picture too.")] = False,
     crops: Annotated[bool, typer.Option("--crops", help="Each image is the face crop itself.")] = False,
     detector: Annotated[str, typer.Option(metavar="MODEL", help="What finds the faces.")] = "centerface",
     max_size: Annotated[int, typer.Option(min=16, help="Longest side of a restored face.")] = 256,
     offline: OfflineOption = False,
 ) -> int:
     """Restore the faces of photos, or face crops."""
-    if guide is not None:
-        raise photos.PhotoError("--guide: no restorer that takes a guide is installed")
+    if (fuse or parts) and not guide:
+        raise photos.PhotoError(f"--{'fuse' if fuse else 'parts'} wants a --guide")
     paths = photos.gather(inputs)
-    photos.refuse_overwriting(paths, out, crops=crops)
+    photos.refuse_overwriting([*paths, *(guide or [])], out, crops=crops)
     networks = Networks(_store(offline))
-    chosen = networks.restorer(restorer or "sgen-small", max_size=max_size)
-    stages = photos.PhotoStages(
-        detector=None if crops else networks.detector(detector),
-        router=make_router(chosen, max_size=max_size) if restorer is None else None,
-        restorer=chosen,
-    )
+    finder = None if crops else networks.detector(detector)
+    if guide:
+        guided = networks.guided_restorer(restorer or "gfrnet")
+        guides = photos.read_guides(guide, finder)
+        stages = photos.PhotoStages(finder, None, None, photos.Guiding(guided, guides, fuse=fuse, parts=parts))
+    else:
+        chosen = networks.restorer(restorer or "sgen-small", max_size=max_size)
+        router = make_router(chosen, max_size=max_size) if restorer is None else None
+        stages = photos.PhotoStages(finder, router, chosen)
     _make_folder("--out", out)
     failed = False
     for number, path in enumerate(paths, start=1):

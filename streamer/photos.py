@@ -15,6 +15,7 @@ import numpy as np
 
 from streamer.detector import FaceDetector
 from streamer.geometry import cut_crop, transform_points, upright_landmarks
+from streamer.guided import Guide, GuidedRestorer, best_by_pose, fused, parts_picture
 from streamer.quality import measure_quality
 from streamer.restorer import FaceRestorer
 from streamer.router import NONE, RestorerRouter
@@ -37,6 +38,19 @@ class PhotoStages:
     detector: FaceDetector | None
     router: RestorerRouter | None
     restorer: FaceRestorer | None
+    guiding: Guiding | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Guiding:
+    """Photos of the person, and what restores with them, in place of a blind restorer."""
+
+    restorer: GuidedRestorer
+    guides: Sequence[Guide]
+    fuse: bool = False
+    """Whether all of them guide; else the one of the most similar pose."""
+    parts: bool = False
+    """Whether what each guide did is written as a picture too."""
 
 
 def gather(inputs: Sequence[Path]) -> list[Path]:
@@ -93,15 +107,18 @@ def restore_photo(path: Path, folder: Path, stages: PhotoStages) -> list[Route]:
     assert stages.detector is not None
     detections = stages.detector.detect([photo])[0]
     detections = detections[detections.scores >= stages.detector.threshold]
+    if stages.guiding and len(detections) > 1:
+        raise PhotoError(f"{path}: {len(detections)} faces, a guide is of one person: cut it out and use --crops")
     whole, routes = photo.copy(), []
     for index in range(len(detections)):
         box, landmarks = detections.boxes[index], detections.landmarks[index]
         image, transform = cut_crop(photo, box, landmarks)
         crop = _crop(image, transform, box, landmarks, measure_quality(photo, box, landmarks))
-        restored, route = _restore(crop, stages)
+        stem = f"{path.stem}.face{index + 1}"
+        restored, route = _restore(crop, stages, folder, stem)
         routes.append(route)
-        write_image(folder / f"{path.stem}.face{index + 1}.crop.png", image)
-        write_image(folder / f"{path.stem}.face{index + 1}.restored.png", restored)
+        write_image(folder / f"{stem}.crop.png", image)
+        write_image(folder / f"{stem}.restored.png", restored)
         if route.restorer != NONE:
             whole = put_back(whole, restored, transform, image.shape[0])
     if routes:
@@ -111,16 +128,23 @@ def restore_photo(path: Path, folder: Path, stages: PhotoStages) -> list[Route]:
 
 def restore_crop(path: Path, folder: Path, stages: PhotoStages) -> Route:
     """Take the image as the crop itself and write it restored as `STEM.png`. Raises PhotoError."""
-    image = read_image(path)
-    height, width = image.shape[:2]
-    side = max(height, width) / 1.6
-    x, y = (width - 1) / 2, (height - 1) / 2
-    box = np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2], np.float32)
-    landmarks = upright_landmarks(box)
-    crop = _crop(image, np.eye(2, 3), box, landmarks, measure_quality(image, box, landmarks))
-    restored, route = _restore(crop, stages)
+    crop = _whole(read_image(path))
+    restored, route = _restore(crop, stages, folder, path.stem)
     write_image(folder / f"{path.stem}.png", restored)
     return route
+
+
+def read_guides(paths: Sequence[Path], detector: FaceDetector | None) -> list[Guide]:
+    """Return the one face of each photo, or without a detector each image as the crop itself. Raises PhotoError."""
+    guides, mistakes = [], []
+    for path in paths:
+        try:
+            guides.append(_guide(path, detector))
+        except PhotoError as exc:
+            mistakes.append(f"--guide {exc}")
+    if mistakes:
+        raise PhotoError("\n".join(mistakes))
+    return guides
 
 
 def put_back(photo: np.ndarray, restored: np.ndarray, transform: np.ndarray, side: int) -> np.ndarray:
@@ -159,6 +183,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
 def _sources(name: str, crops: bool) -> set[str]:
     """Return the stems of the photos of which a file of this name may be a result."""
     patterns = [r"(.+)\.png"] if crops else [r"(.+)\.restored\.png", r"(.+)\.face\d+\.(?:crop|restored)\.png"]
+    patterns.append(r"(.+?)(?:\.face\d+)?\.guide\d+\.png")
     return {match[1] for pattern in patterns if (match := re.fullmatch(pattern, name))}
 
 
@@ -178,12 +203,49 @@ def _crop(image: np.ndarray, transform: np.ndarray, box: np.ndarray, landmarks: 
     return Crop(track, image, transform, quality)
 
 
-def _restore(crop: Crop, stages: PhotoStages) -> tuple[np.ndarray, Route]:
+def _whole(image: np.ndarray) -> Crop:
+    """Take an image as the crop itself, with a face as upright and frontal as a crop's is."""
+    height, width = image.shape[:2]
+    side = max(height, width) / 1.6
+    x, y = (width - 1) / 2, (height - 1) / 2
+    box = np.array([x - side / 2, y - side / 2, x + side / 2, y + side / 2], np.float32)
+    landmarks = upright_landmarks(box)
+    return _crop(image, np.eye(2, 3), box, landmarks, measure_quality(image, box, landmarks))
+
+
+def _guide(path: Path, detector: FaceDetector | None) -> Guide:
+    photo = read_image(path)
+    if detector is None:
+        crop = _whole(photo)
+        return Guide(path.name, crop.image, crop.landmarks)
+    detections = detector.detect([photo])[0]
+    detections = detections[detections.scores >= detector.threshold]
+    if len(detections) != 1:
+        raise PhotoError(f"{path}: {len(detections) or 'no'} face{'s' * (len(detections) > 1)}; a guide has one")
+    landmarks = detections.landmarks[0]
+    image, transform = cut_crop(photo, detections.boxes[0], landmarks)
+    return Guide(path.name, image, np.asarray(transform_points(transform, landmarks), np.float32))
+
+
+def _restore(crop: Crop, stages: PhotoStages, folder: Path, stem: str) -> tuple[np.ndarray, Route]:
+    if stages.guiding:
+        return _restore_guided(crop, stages.guiding, folder, stem)
     route = stages.router.route(crop) if stages.router else Route(_forced(stages.restorer), "asked for by name")
     if stages.restorer is None or route.restorer == NONE:
         return crop.image, route
     image, _ = stages.restorer.restore([crop.image])[0]
     return image, route
+
+
+def _restore_guided(crop: Crop, guiding: Guiding, folder: Path, stem: str) -> tuple[np.ndarray, Route]:
+    guides = guiding.guides if guiding.fuse else [best_by_pose(crop.landmarks, guiding.guides)]
+    faces = guiding.restorer.restore(crop.image, guides)
+    if guiding.parts:
+        for number, face in enumerate(faces, start=1):
+            write_image(folder / f"{stem}.guide{number}.png", parts_picture(crop.image, face))
+    restored = faces[0].restored if len(faces) == 1 else fused(faces)
+    told = f"guided by {', '.join(face.guide.name for face in faces)}: drawn towards it, so no proof of who it is"
+    return restored, Route(guiding.restorer.engine.card.name, told)
 
 
 def _forced(restorer: FaceRestorer | None) -> str:

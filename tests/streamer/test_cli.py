@@ -403,14 +403,13 @@ def test_restore_names_what_it_cannot_do_and_does_the_rest(streamer, tmp_path):
     assert not (out / "wall.restored.png").exists()
 
 
-def test_restore_refuses_two_inputs_of_one_stem_a_missing_one_and_a_guide(streamer, tmp_path):
+def test_restore_refuses_two_inputs_of_one_stem_and_a_missing_one(streamer, tmp_path):
     for name in ("a.png", "a.jpg"):
         cv2.imwrite(str(tmp_path / name), PHOTO[:64, :64])
     out = tmp_path / "out"
 
     refused(streamer("restore", tmp_path / "a.png", tmp_path / "a.jpg", "--out", out), "a.png")
     refused(streamer("restore", tmp_path / "b.png", "--out", out), "b.png")
-    refused(streamer("restore", tmp_path / "a.png", "--guide", tmp_path / "a.jpg", "--out", out), "--guide")
     assert not out.exists()
 
 
