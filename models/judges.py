@@ -15,6 +15,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument, InvalidGraph, InvalidProtobuf
 from PIL import Image
 from pydantic import BaseModel, ConfigDict
 from skimage.metrics import structural_similarity
@@ -256,8 +257,13 @@ def _planes(image: np.ndarray, mean: float | Sequence[float], std: float | Seque
 
 
 def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Load an ONNX. Raises OSError, or ValueError in one line."""
+    content = path.read_bytes()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except (InvalidProtobuf, InvalidGraph, Fail, InvalidArgument) as exc:
+        raise ValueError(f"{path} cannot be loaded as ONNX: {' '.join(str(exc).split())}") from None

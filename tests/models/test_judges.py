@@ -363,3 +363,12 @@ def test_the_real_judges_know_a_face_from_noise_and_one_person_from_another(shar
     distance = Lpips(models / "alexnet_lpips_distance.onnx")
     assert distance(face, face) == pytest.approx(0, abs=1e-6)
     assert 0.02 < distance(blurred, face) < distance(worse, face) < 1
+
+
+def test_a_network_that_is_missing_or_none_is_said_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.onnx"):
+        OnnxRestorer(tmp_path / "none.onnx")
+
+    (tmp_path / "text.onnx").write_text("no network")
+    with pytest.raises(ValueError, match=r"text\.onnx cannot be loaded as ONNX: [^\n]+$"):
+        OnnxRestorer(tmp_path / "text.onnx")
