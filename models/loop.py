@@ -31,7 +31,7 @@ from models.dataset import FaceTensors, load_faces, load_names
 from models.settings import RelativePath
 
 _MAY_CHANGE = {"steps", "minutes", "out", "validate_every", "init"}  # none of them changes what a step does
-_PATHS = {"data", "exclude", "validation", "likeness", "perceptual"}
+_PATHS = {"data", "low", "exclude", "validation", "likeness", "perceptual"}
 _TRIAL_STEPS = 4
 _TRIAL_SHARE = 0.02  # of the minutes: batches differ in size, so a few say little
 
@@ -101,7 +101,7 @@ class Learner:
         """Go one step down the loss; return it."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        _share_gradients(self.network)
+        share_gradients(self.network)
         self.optimizer.step()
         return float(loss.detach())
 
@@ -339,7 +339,7 @@ def _most(value: float, device: torch.device) -> float:
     return float(shared)
 
 
-def _share_gradients(network: nn.Module) -> None:
+def share_gradients(network: nn.Module) -> None:
     """Take the mean of all processes' gradients. DistributedDataParallel does not stand two passes before a step."""
     if not torch.distributed.is_initialized():
         return

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
 from models.batches import Batch, Batches, Diet, Protocol, Validation
@@ -34,7 +35,8 @@ from models.loop import (
     training_faces,
 )
 from models.losses import PIXEL_LOSSES, FaceLikeness, Judges, Perceptual
-from models.settings import SettingsError, read_settings
+from models.settings import RelativePath, SettingsError, read_settings
+from models.train_scgan import ScganRunConfig, ScganTraining
 
 Share = Annotated[float, Field(gt=0)]
 
@@ -69,7 +71,7 @@ class TrainConfig(RunConfig):
 
     pixel: Literal["psnr", "mse", "l1", "charbonnier"] = "psnr"
     """The pixel loss; psnr is −PSNR of each image in dB."""
-    likeness: Path | None = None
+    likeness: RelativePath | None = None
     """The face embedder (face-reidentification-retail-0095 as ONNX) that surveillance batches are also judged by."""
     identity_weight: float = Field(10.0, ge=0)
     """Of 1 − cosine to the clean face's embedding, beside the pixel loss."""
@@ -77,7 +79,7 @@ class TrainConfig(RunConfig):
     """Of the distance between the embedder's features of restored and clean face, beside the pixel loss."""
     likeness_batch: int = Field(4, gt=0)
     """So many faces of a batch are judged by the embedder: on a CPU it costs as much as the restorer."""
-    perceptual: Path | None = None
+    perceptual: RelativePath | None = None
     """LPIPS as ONNX, for surveillance batches too. A pixel loss alone draws what is smooth."""
     perceptual_weight: float = Field(8.0, ge=0)
     """Of LPIPS, beside the pixel loss."""
@@ -88,6 +90,19 @@ class TrainConfig(RunConfig):
     """Weight of SGEN's adversarial loss beside the pixel loss; 0 trains without a discriminator. The paper: 0.1."""
     discriminator: SgenDiscriminatorConfig = SgenDiscriminatorConfig()
     """Which discriminator judges."""
+
+
+class _Named(BaseModel):
+    network: str = RunConfig.model_fields["network"].default
+
+
+class _Kind(NamedTuple):
+    config: type[RunConfig]
+    task: Callable[[Any, torch.device], Task]
+
+
+_KINDS = {"scgan": _Kind(ScganRunConfig, ScganTraining)}
+"""Networks that are trained otherwise than by pairs of a damaged and a clean face."""
 
 
 def main() -> None:
@@ -111,18 +126,20 @@ def main() -> None:
         parser.exit(2, f"{exc}\n")
 
 
-def read_config(path: Path, changes: dict[str, Any] | None = None) -> TrainConfig:
+def read_config(path: Path, changes: dict[str, Any] | None = None) -> RunConfig:
     """Read a run's YAML, its paths made absolute. Raises TrainError with every mistake and its place."""
     changed = {name: value.absolute() if isinstance(value, Path) else value for name, value in (changes or {}).items()}
     try:
-        return read_settings(TrainConfig, path, changed)
+        named = read_settings(_Named, path).network
+        return read_settings(_KINDS[named].config if named in _KINDS else TrainConfig, path, changed)
     except SettingsError as exc:
         raise TrainError(str(exc)) from None
 
 
-def train(config: TrainConfig, *, accept_changes: bool = False) -> dict[str, float]:
+def train(config: RunConfig, *, accept_changes: bool = False) -> dict[str, float]:
     """Train, or go on; return the best validation's scores. Raises TrainError, as `models.loop.train_task` says."""
-    return train_task(config, BlindRestoration, accept_changes=accept_changes)
+    task = _KINDS[config.network].task if config.network in _KINDS else BlindRestoration
+    return train_task(config, task, accept_changes=accept_changes)
 
 
 class BlindRestoration(Task):

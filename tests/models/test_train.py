@@ -31,7 +31,9 @@ from models.checkpoint import build, load_checkpoint, load_weights, shipped_weig
 from models.dataset import load_faces  # noqa: E402
 from models.export import export  # noqa: E402
 from models.sisn import SisnConfig  # noqa: E402
-from models.train import TrainConfig, TrainError, main, train  # noqa: E402
+from models.train import TrainConfig, TrainError, main, read_config, train  # noqa: E402
+
+CONFIGS = Path(__file__).parents[2] / "configs/train"
 
 # torch's exporter uses what torch deprecates
 exports = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
@@ -330,6 +332,19 @@ def test_a_mistake_in_the_yaml_is_one_line_that_names_its_place_and_exit_code_2(
     assert ended.value.code == 2
     assert told in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_run_that_the_project_names_can_be_read_and_its_paths_lie_beside_the_file(path):
+    found = read_config(path)
+
+    paths = [value for value in dict(found).values() if isinstance(value, Path)] + found.data
+    assert all(given.is_absolute() and given.parts.count("..") == 0 for given in paths)
+    assert found.out.parent.name == "runs"
+    shared = CONFIGS.parents[2] / "shared"
+    assert {given.is_relative_to(shared) for given in found.data} == {True}
+    if shared.is_dir():
+        assert all(given.exists() for given in paths if given.is_relative_to(shared))
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "network: [", "7: 8", "data: x\nsteps: \x00"])
