@@ -122,6 +122,8 @@ class FaceTensors:
         for face in faces:
             if side := max((side for side in self.SIDES if side <= min(face.image.shape[:2])), default=0):
                 kept[side].append(face)
+        self.faces = [(face.name, face.identity) for members in kept.values() for face in members]
+        """Name and identity of each face, in the order of rows: group after group."""
         self.groups = [_Group(members, side, device) for side, members in kept.items() if members]
         if not self.groups:
             largest = max((min(face.image.shape[:2]) for face in faces), default=0)
@@ -149,7 +151,8 @@ class FaceTensors:
         landmarks = group.landmarks[rows] - torch.tensor([left, 0.0], device=self.device)
         scale = torch.tensor([width / columns, height / side], device=self.device)
         kernel: Kernel = "area" if width <= columns and height <= side else "cubic"
-        return self._flipped(rng, stored(resize(images, size, kernel)), (landmarks + 0.5) * scale - 0.5, vary)
+        clean = Clean(stored(resize(images, size, kernel)), (landmarks + 0.5) * scale - 0.5)
+        return self._flipped(rng, clean, vary)
 
     def patches(self, rng: np.random.Generator, n: int, side: int, *, vary: bool = True) -> Clean:
         """Return windows of `side` px of the largest faces at their stored scale, each mirrored and turned at random.
@@ -175,28 +178,37 @@ class FaceTensors:
         """Return faces as the product crops them, `side` px: framed at 1.1 to 1.8 times the box, turned, shifted,
         mirrored. Without `vary` the first `n`, upright and framed at 1.6."""
         group, rows = self._draw(rng, n, side / 1.05, vary=vary)
-        boxes = group.boxes[rows]
-        face = (boxes[:, 2:] - boxes[:, :2]).amax(dim=1).cpu().numpy()
+        first = sum(len(other) for other in self.groups[: self.groups.index(group)])
+        return self._flipped(rng, self.crops_of(rng, first + rows.cpu().numpy(), side, vary=vary), vary)
+
+    def crops_of(self, rng: np.random.Generator, rows: np.ndarray, side: int, *, vary: bool = True) -> Clean:
+        """Return the faces of these rows, counted through all groups, as `crops` does, but none is mirrored."""
+        n = len(rows)
+        boxes = np.concatenate([group.boxes.cpu().numpy() for group in self.groups])[rows]
+        face = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
         least = np.minimum(np.maximum(1.1, side / (self._MOST * face)), 1.8)
         framing = rng.uniform(least, 1.8) if vary else np.full(n, 1.6)
         angle = np.radians(rng.normal(0, 6, n)) if vary else np.zeros(n)
         shift = rng.normal(0, 0.03, (n, 2)) if vary else np.zeros((n, 2))
         scale = framing * face / side  # pixels of the stored face for each of the crop
-        number = self._level(group, float(scale.min()))
-        level, times = group.levels[number], group.levels[number].shape[-1] / group.side
 
-        centre = ((boxes[:, :2] + boxes[:, 2:]) / 2).cpu().numpy() + shift * (scale * side)[:, None]
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + shift * (scale * side)[:, None]
         turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], axis=1).reshape(n, 2, 2)
         turn *= scale[:, None, None]
         offset = centre - turn.sum(axis=2) * ((side - 1) / 2)
         to_stored = torch.tensor(np.concatenate([turn, offset[:, :, None]], axis=2), dtype=torch.float32)
-        to_stored = to_stored.to(self.device)
-        to_level = to_stored * times
-        to_level[:, :, 2] += (times - 1) / 2
-        images = stored(cut_out(level[rows].float(), to_level, side))
-        inverse = torch.linalg.inv(to_stored[:, :, :2])
-        landmarks = (group.landmarks[rows] - to_stored[:, None, :, 2]) @ inverse.transpose(1, 2)
-        return self._flipped(rng, images, landmarks, vary)
+
+        images = torch.empty(n, 3, side, side, device=self.device)
+        landmarks = torch.empty(n, 5, 2, device=self.device)
+        first = 0
+        for group in self.groups:
+            here = np.flatnonzero((first <= rows) & (rows < first + len(group)))
+            if len(here):
+                places, own = (torch.from_numpy(each).to(self.device) for each in (here, rows[here] - first))
+                number = self._level(group, float(scale[here].min()))
+                images[places], landmarks[places] = group.cut(own, to_stored[here].to(self.device), side, number)
+            first += len(group)
+        return Clean(images, landmarks)
 
     def _draw(self, rng: np.random.Generator, n: int, side: float, *, vary: bool) -> tuple[_Group, Tensor]:
         """Return a group kept at `side` px at least, where there is one, and the rows of n of its faces."""
@@ -214,16 +226,17 @@ class FaceTensors:
         ]
         return max(fit, default=0)
 
-    def _flipped(self, rng: np.random.Generator, images: Tensor, landmarks: Tensor, vary: bool) -> Clean:
-        if not vary:
-            return Clean(images, landmarks)
-        mirrored = torch.from_numpy(rng.random(len(images)) < 0.5).to(self.device)
-        there = landmarks[:, [1, 0, 2, 4, 3]] * torch.tensor([-1.0, 1.0], device=self.device)
-        there += torch.tensor([images.shape[3] - 1.0, 0.0], device=self.device)
-        return Clean(
-            torch.where(mirrored[:, None, None, None], images.flip(3), images),
-            torch.where(mirrored[:, None, None], there, landmarks),
-        )
+    def _flipped(self, rng: np.random.Generator, clean: Clean, vary: bool) -> Clean:
+        return mirrored(clean, torch.from_numpy(rng.random(len(clean.images)) < 0.5)) if vary else clean
+
+
+def mirrored(clean: Clean, chosen: Tensor) -> Clean:
+    """Return the faces, of which those chosen, (n,) bool, are mirrored, left and right landmarks exchanged."""
+    images, landmarks = clean.images, clean.landmarks
+    chosen = chosen.to(images.device)[:, None, None]
+    there = landmarks[:, [1, 0, 2, 4, 3]] * torch.tensor([-1.0, 1.0], device=images.device)
+    there += torch.tensor([images.shape[3] - 1.0, 0.0], device=images.device)
+    return Clean(torch.where(chosen[..., None], images.flip(3), images), torch.where(chosen, there, landmarks))
 
 
 class _Group:
@@ -242,6 +255,16 @@ class _Group:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def cut(self, rows: Tensor, to_stored: Tensor, side: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return images and landmarks of faces cut from a level; matrices (n, 2, 3) take the result's pixels to those
+        of level 0."""
+        times = self.levels[number].shape[-1] / self.side
+        to_level = to_stored * times
+        to_level[:, :, 2] += (times - 1) / 2
+        images = stored(cut_out(self.levels[number][rows].float(), to_level, side))
+        inverse = torch.linalg.inv(to_stored[:, :, :2])
+        return images, (self.landmarks[rows] - to_stored[:, None, :, 2]) @ inverse.transpose(1, 2)
 
 
 def cut_out(images: Tensor, matrices: Tensor, side: int, mode: str = "bicubic") -> Tensor:

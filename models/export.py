@@ -4,6 +4,9 @@
 
 The weights are stored as fp16 and cast back in the graph: inputs, outputs and arithmetic stay float32. The card lies in
 the file's metadata under `streamer.card`.
+
+A guided restorer takes `image` and `guide`, both of the result's size, and gives out what the guide did beside what it
+restored: `warped` and `mask`, where it has them.
 """
 
 from __future__ import annotations
@@ -21,10 +24,16 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from models.checkpoint import SAME_KEY, build, load_checkpoint, shipped_weights
+from models.gfrnet import Gfrnet, GfrnetConfig
 
 EXPORTER_VERSION = "1"
 OPSET = 18  # from 20 on GridSample is written `linear`, which TensorRT 11 is reported to run as nearest
 _LEAST_COMPRESSED = 256  # elements; smaller tensors are not worth a Cast
+_GUIDED_SIDE = 256  # px; of the results of a guided restorer whose run does not say
+
+
+class ExportError(ValueError):
+    """A network is not for the product. The message is one line."""
 
 
 def main() -> None:
@@ -40,22 +49,31 @@ def main() -> None:
         state = load_checkpoint(arguments.checkpoint)
     except (OSError, ValueError) as exc:
         parser.exit(2, f"{exc}\n")
-    export(state, path, name=arguments.name, license=arguments.license, trained_on=arguments.trained_on)
+    try:
+        export(state, path, name=arguments.name, license=arguments.license, trained_on=arguments.trained_on)
+    except ExportError as exc:
+        parser.exit(2, f"{arguments.checkpoint}: {exc}\n")
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, step {state['step']}, scores {state.get('scores')}")
 
 
 def export(state: dict[str, Any], path: Path, *, name: str, license: str, trained_on: str = "") -> None:
     """Write the network of a checkpoint to `path`, with its card.
 
-    Without `trained_on` the card names the sets that the checkpoint's config lists.
+    Without `trained_on` the card names the sets that the checkpoint's config lists. Raises ExportError.
     """
     config = state["config"]
     trained_on = trained_on or ", ".join(Path(source).stem for source in config["data"])
     network, weights = build(state["network"]), shipped_weights(state)
     network.load_state_dict(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
-    card = restorer_card(network, name=name, license=license, trained_on=trained_on, enlarge=config["enlarge"])
-    model = to_onnx(network.eval())
+    said = {"name": name, "license": license, "trained_on": trained_on}
+    if isinstance(network, Gfrnet):
+        side = config.get("side", _GUIDED_SIDE)
+        card = guided_card(network.config, **said, side=side)
+        model = guided_to_onnx(network, side=side)
+    else:
+        card = restorer_card(network, **said, enlarge=config["enlarge"])
+        model = to_onnx(network.eval())
     same = _same(model, weights)
     _halve(model)
     _strip(model)
@@ -104,6 +122,75 @@ def to_onnx(network: nn.Module) -> onnx.ModelProto:
     if program is None:
         raise RuntimeError("torch.onnx.export gave nothing")
     return program.model_proto
+
+
+class GuidedParts(Gfrnet):
+    """A GFRNet that gives out what the guide did too: `outputs` names what, in order."""
+
+    @property
+    def outputs(self) -> list[str]:
+        return _outputs(self.config)
+
+    def forward(self, degraded: Tensor, guide: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        parts = self.parts(degraded, guide)
+        return tuple(getattr(parts, name) for name in self.outputs)
+
+
+def guided_card(config: GfrnetConfig, *, name: str, license: str, trained_on: str, side: int) -> dict[str, Any]:
+    """Return what a guided restorer says of itself; its results are `side` px. Raises ExportError without a guide."""
+    size = [side, side] if config.design == "paper" else ["h", "w"]
+
+    def spec(tensor: str) -> dict[str, Any]:
+        return {"name": tensor, "layout": "NCHW", "shape": ["n", 1 if tensor == "mask" else 3, *size]}
+
+    return {
+        "name": name,
+        "task": "guided-restoration",
+        "exporter": f"models.export {EXPORTER_VERSION} {_own_hash()}",
+        "inputs": [spec("image"), spec("guide")],
+        "outputs": [spec(output) for output in _outputs(config)],
+        "color": "RGB",
+        "mean": [127.5] * 3,
+        "std": [127.5] * 3,
+        "output_range": [-1.0, 1.0],
+        "enlarge": "cubic",
+        "result_size": side,
+        "size_multiple": config.multiple,
+        "license": license,
+        "trained_on": trained_on,
+        "note": "Wants a guide: another photo of the same person, cropped alike. `mask` is 0 where it did not count.",
+    }
+
+
+def guided_to_onnx(network: Gfrnet, *, side: int) -> onnx.ModelProto:
+    """Return a GFRNet as ONNX with free batch, and where its design allows it free height and width.
+
+    Degraded face and guide share their axes. Raises ExportError for a variant without a guide.
+    """
+    shown = GuidedParts(network.config)
+    shown.load_state_dict(network.state_dict())
+    n, multiple = torch.export.Dim("n", min=1, max=4096), network.config.multiple
+    if network.config.design == "paper":
+        free, example = {0: n}, torch.zeros(2, 3, side, side)
+    else:
+        rows, columns = torch.export.Dim("rows", min=1, max=1024), torch.export.Dim("columns", min=1, max=1024)
+        free = {0: n, 2: multiple * rows, 3: multiple * columns}
+        example = torch.zeros(2, 3, 8 * multiple, 6 * multiple)
+    # Exported here: given the axes, torch.onnx.export would name each input's anew, and warn that they are the same.
+    traced = torch.export.export(shown.eval(), (example, example.clone()), dynamic_shapes=(free, free))
+    program = torch.onnx.export(
+        traced, dynamo=True, external_data=False, opset_version=OPSET, input_names=["image", "guide"],
+        output_names=shown.outputs, verbose=False,
+    )  # fmt: skip
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave nothing")
+    return program.model_proto
+
+
+def _outputs(config: GfrnetConfig) -> list[str]:
+    if not config.guide:
+        raise ExportError("this variant looks at no guide, so it is no guided restorer")
+    return ["restored", *(["warped"] if config.warp else []), *(["mask"] if config.design == "modern" else [])]
 
 
 def _same(model: onnx.ModelProto, weights: dict[str, Tensor]) -> dict[str, str]:

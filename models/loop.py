@@ -31,7 +31,7 @@ from models.dataset import FaceTensors, load_faces, load_names
 from models.settings import RelativePath
 
 _MAY_CHANGE = {"steps", "minutes", "out", "validate_every", "init"}  # none of them changes what a step does
-_PATHS = {"data", "low", "exclude", "validation", "likeness", "perceptual"}
+_PATHS = {"data", "low", "pairs", "exclude", "validation", "likeness", "perceptual"}
 _TRIAL_STEPS = 4
 _TRIAL_SHARE = 0.02  # of the minutes: batches differ in size, so a few say little
 
@@ -163,7 +163,8 @@ def train_task(
     device = _device()
     task = make(config, device)
     network, optimizer = task.network, task.optimizer
-    if config.batch == 1 and any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    if config.batch == 1 and any(norm.track_running_stats for norm in norms):
         raise TrainError("batch: batch normalisation needs 2 faces at least")
     averaged = AveragedModel(network, multi_avg_fn=_average(config.ema), use_buffers=True)
 
@@ -344,8 +345,10 @@ def share_gradients(network: nn.Module) -> None:
     if not torch.distributed.is_initialized():
         return
     for parameter in network.parameters():
+        if parameter.grad is None:  # here it had nothing to learn; elsewhere it may have
+            parameter.grad = torch.zeros_like(parameter)
         torch.distributed.all_reduce(parameter.grad)
-        parameter.grad /= torch.distributed.get_world_size()  # type: ignore[operator]
+        parameter.grad /= torch.distributed.get_world_size()
 
 
 def _device() -> torch.device:
@@ -376,7 +379,7 @@ def _named(field: str, value: Any) -> Any:
     """Return a field's value, of paths only the names."""
     if isinstance(value, list):
         return [_named(field, each) for each in value]
-    return Path(value).name if field in _PATHS and value else value
+    return Path(value).name if field in _PATHS and isinstance(value, str) else value
 
 
 @contextmanager

@@ -36,6 +36,7 @@ from models.loop import (
 )
 from models.losses import PIXEL_LOSSES, FaceLikeness, Judges, Perceptual
 from models.settings import RelativePath, SettingsError, read_settings
+from models.train_gfrnet import GfrnetRunConfig, GuidedRestoration
 from models.train_scgan import ScganRunConfig, ScganTraining
 
 Share = Annotated[float, Field(gt=0)]
@@ -101,7 +102,10 @@ class _Kind(NamedTuple):
     task: Callable[[Any, torch.device], Task]
 
 
-_KINDS = {"scgan": _Kind(ScganRunConfig, ScganTraining)}
+_KINDS = {
+    "scgan": _Kind(ScganRunConfig, ScganTraining),
+    "gfrnet": _Kind(GfrnetRunConfig, GuidedRestoration),
+}
 """Networks that are trained otherwise than by pairs of a damaged and a clean face."""
 
 
