@@ -108,8 +108,8 @@ class Clean:
 class FaceTensors:
     """Whole sets of faces in the memory of a device, in groups by the size at which they are kept.
 
-    OpenCV brings each face to the largest of `SIDES` that it reaches, and to 0.7 and 0.5 of that: a face is cut from
-    the smallest level that need not be enlarged much, so that it is neither aliased nor soft.
+    OpenCV brings each face to the largest of `SIDES` that it reaches, and to 0.7, 0.5, 0.35 and 0.25 of that: a face is
+    cut from the smallest level that need not be enlarged much, so that it is neither aliased nor soft.
     """
 
     SIDES = (256, 200, 144)
@@ -245,7 +245,7 @@ class _Group:
     def __init__(self, faces: Sequence[Face], side: int, device: torch.device) -> None:
         self.side = side
         squares = [_square(face, side) for face in faces]
-        sizes = (side, round(0.7 * side), side // 2)
+        sizes = [round(part * side) for part in (1, 0.7, 0.5, 0.35, 0.25)]
         self.levels = [_stack([_shrunk(image, size) for image, _, _ in squares]).to(device) for size in sizes]
         """(n, 3, s, s) uint8 RGB each."""
         self.boxes = torch.tensor(np.array([box for _, box, _ in squares]), dtype=torch.float32, device=device)

@@ -51,7 +51,7 @@ from models.settings import RelativePath
 
 _MOST_SHRUNK = 1.25  # a real low face that is shrunk by more has lost its damage
 _MOST_ENLARGED = 1.1
-_LEAST_CUT = 128  # px: FaceTensors keeps no levels from which smaller faces could be cut without aliasing
+_LEAST_CUT = 64  # px: FaceTensors keeps no levels from which smaller faces could be cut without aliasing
 _SETS: dict[str, dict[str, Any]] = {
     "moderate": {},
     "paper": {"blur": (0.5, 8.0), "noise": (1.0, 25.0), "quality": (30, 95)},

@@ -122,6 +122,16 @@ def test_a_face_is_enlarged_by_no_more_than_a_fifth_where_a_large_one_is_there(s
     assert eyes.max() / stored_eyes < 1.21
 
 
+def test_a_small_crop_is_not_aliased():
+    stripes = np.tile(np.repeat(np.array([0, 255], np.uint8), 2), 64)  # as fine as only every fourth pixel can hold
+    image = np.repeat(np.repeat(stripes[None], 256, 0)[..., None], 3, 2)
+    faces = FaceTensors([Face("a/0", "a", image, (48, 48, 208, 208), POINTS.astype(np.float32) * 256)], CPU)
+
+    (crop,) = faces.crops(np.random.default_rng(0), 1, 64, vary=False).images
+
+    assert crop.std() < 3
+
+
 @pytest.mark.parametrize("size", SGEN_SIZES)
 def test_a_portrait_is_what_opencv_makes_of_the_centre_by_area(size):
     image = cv2.resize(astronaut()[0:224, 112:336, ::-1], (256, 256), interpolation=cv2.INTER_CUBIC)
