@@ -16,15 +16,14 @@ class RestorerRouter:
         *,
         max_size: int,
         least_scale: int = 1,
-        clean_height_px: float = 36.0,
+        clean_height_px: float = 64.0,
         clean_noise: float = 4.0,
         clean_blockiness: float = 0.15,
         clean_sharpness: float = 0.45,
     ) -> None:
         """`least_scale` is the restorer's smallest: what would exceed `max_size` even so is not restored.
 
-        A clean face of `clean_height_px` only loses by being redrawn: at 40 px, enlarged four times, sgen-small leaves
-        a cosine of 0.96 to itself. Clean is what is at most so noisy and blocky, and at least so sharp.
+        Clean is what is at most so noisy and blocky, and at least so sharp.
         An over-compressed H.264 is deblocked, and shows as blur. The bounds tell the two films of carphone apart.
         """
         self._restorer = restorer
