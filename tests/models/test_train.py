@@ -341,7 +341,7 @@ def test_every_run_that_the_project_names_can_be_read_and_its_paths_lie_beside_t
     paths = [value for value in dict(found).values() if isinstance(value, Path)] + found.data
     assert all(given.is_absolute() and given.parts.count("..") == 0 for given in paths)
     assert found.out.parent.name == "runs"
-    shared = CONFIGS.parents[2] / "shared"
+    shared = (CONFIGS.parents[2] / "shared").resolve()
     assert {given.is_relative_to(shared) for given in found.data} == {True}
     if shared.is_dir():
         assert all(given.exists() for given in paths if given.is_relative_to(shared))
