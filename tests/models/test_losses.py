@@ -8,10 +8,11 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from training import save_onnx  # noqa: E402
 
 from models.losses import (  # noqa: E402
     _OPERATORS,
@@ -28,19 +29,6 @@ from streamer.geometry import align  # noqa: E402
 POINTS = np.array([[97.0, 105], [151, 103], [126, 133], [106, 164], [148, 162]])  # of `astronaut_face`, by hand
 
 
-def network(path: Path, nodes: list[onnx.NodeProto], inputs: tuple[str, ...] = ("image",), **constants: object) -> Path:
-    """An ONNX of these nodes, whose last gives the result."""
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in inputs],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
-    return path
-
-
 def weights(*shape: int) -> np.ndarray:
     return np.random.default_rng(sum(shape)).normal(0, 0.4, shape).astype(np.float32)
 
@@ -49,7 +37,7 @@ def tiny_embedder(path: Path) -> Path:
     """Three convolutions that step to a coarser grid, and what is left pooled, as in the real one."""
     node = helper.make_node
     step = {"strides": [2, 2], "pads": [1, 1, 1, 1]}
-    return network(
+    return save_onnx(
         path,
         [
             node("Mul", ["image", "small"], ["scaled"]),
@@ -138,7 +126,7 @@ def test_every_operator_that_is_known_gives_what_onnxruntime_gives(tmp_path):
         node("Add", ["x14", "x15"], ["x16"]),
         node("ReduceSum", ["x16", "plane"], ["x17"], keepdims=0),
     ]
-    path = network(
+    path = save_onnx(
         tmp_path / "all.onnx", nodes, mean=weights(1, 3, 1, 1), spread=np.float32(0.7), w1=weights(4, 3, 3, 3),
         b1=weights(4), slope=weights(4, 1, 1), w2=weights(4, 2, 3, 3), channels=np.array([1]), plane=np.array([2, 3]),
     )  # fmt: skip
@@ -152,7 +140,9 @@ def test_every_operator_that_is_known_gives_what_onnxruntime_gives(tmp_path):
 
 
 def test_axes_may_be_an_attribute_as_in_older_networks(tmp_path):
-    path = network(tmp_path / "old.onnx", [helper.make_node("ReduceMean", ["image"], ["out"], axes=[2, 3], keepdims=0)])
+    path = save_onnx(
+        tmp_path / "old.onnx", [helper.make_node("ReduceMean", ["image"], ["out"], axes=[2, 3], keepdims=0)]
+    )
     model = onnx.load(path)
     model.opset_import[0].version = 13
     onnx.save(model, path)
@@ -163,7 +153,7 @@ def test_axes_may_be_an_attribute_as_in_older_networks(tmp_path):
 
 def test_operators_that_are_not_known_are_refused_by_their_names(tmp_path):
     node = helper.make_node
-    path = network(
+    path = save_onnx(
         tmp_path / "strange.onnx",
         [
             node("Tanh", ["image"], ["a"]), node("Softplus", ["a"], ["b"]), node("Relu", ["b"], ["c"]),
@@ -284,7 +274,7 @@ def test_the_face_is_aligned_as_the_product_aligns_it(tmp_path, astronaut_face):
 
 
 def test_a_network_without_three_steps_is_no_embedder_of_this_kind(tmp_path):
-    path = network(tmp_path / "flat.onnx", [helper.make_node("Conv", ["image", "w"], ["out"])], w=weights(4, 3, 3, 3))
+    path = save_onnx(tmp_path / "flat.onnx", [helper.make_node("Conv", ["image", "w"], ["out"])], w=weights(4, 3, 3, 3))
 
     with pytest.raises(ValueError, match=r"flat\.onnx is not built as it should be"):
         FaceLikeness(path)
@@ -309,7 +299,7 @@ def test_the_real_embedder_knows_a_blurred_face_from_another(shared, astronaut_f
 
 def test_the_perceptual_distance_is_of_each_pair(tmp_path):
     node = helper.make_node
-    path = network(
+    path = save_onnx(
         tmp_path / "p.onnx",
         [
             node("Sub", ["a", "b"], ["d"]), node("Mul", ["d", "d"], ["square"]),

@@ -11,18 +11,15 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
 import onnxruntime  # noqa: E402
 import yaml  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
+from training import equal, killed_before, save_onnx  # noqa: E402
 
 from engines.card import NetworkCard  # noqa: E402
 from models import export as exporter  # noqa: E402
@@ -66,38 +63,6 @@ def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Killed(Exception):
-    pass
-
-
-@contextmanager
-def killed_before(step: int) -> Iterator[None]:
-    """A training in here dies when it asks for the batch of this step."""
-    original = Batches.__getitem__
-
-    def breaking(self: Batches, asked: int):
-        if asked == step:
-            raise Killed
-        return original(self, asked)
-
-    Batches.__getitem__ = breaking  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Killed):
-            yield
-    finally:
-        Batches.__getitem__ = original  # type: ignore[method-assign]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of faces whose landmarks are known, with two networks that judge them: `embedder.onnx`, `lpips.onnx`."""
@@ -119,27 +84,16 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     shapes = {"w1": (4, 3, 3, 3), "w2": (4, 4, 3, 3), "w3": (8, 4, 3, 3)}
     weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    _save(folder / "embedder.onnx", ("image",), [
+    save_onnx(folder / "embedder.onnx", inputs=("image",), nodes=[
         node("Mul", ["image", "small"], ["scaled"]), node("Conv", ["scaled", "w1"], ["a"], **step),
         node("Sigmoid", ["a"], ["a2"]), node("Conv", ["a2", "w2"], ["b"], **step),
         node("Conv", ["b", "w3"], ["c"], **step), node("AveragePool", ["c"], ["d"], kernel_shape=[16, 16]),
     ], small=np.float32(1 / 255), **weights)  # fmt: skip
-    _save(folder / "lpips.onnx", ("a", "b"), [
+    save_onnx(folder / "lpips.onnx", inputs=("a", "b"), nodes=[
         node("Conv", ["a", "w1"], ["x"]), node("Conv", ["b", "w1"], ["y"]), node("Sub", ["x", "y"], ["d"]),
         node("Mul", ["d", "d"], ["d2"]), node("ReduceMean", ["d2", "axes"], ["out"], keepdims=0),
     ], axes=np.array([1, 2, 3]), w1=weights["w1"])  # fmt: skip
     return folder
-
-
-def _save(path: Path, inputs: tuple[str, ...], nodes: list[onnx.NodeProto], **constants: np.ndarray) -> None:
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in inputs],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
 
 
 def judged(labelled: Path, out: Path, **changes: object) -> TrainConfig:
@@ -154,7 +108,7 @@ def judged(labelled: Path, out: Path, **changes: object) -> TrainConfig:
 def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(faces, tmp_path):
     settings = {"protocols": {"sgen": 1, "surveillance": 1}, "steps": 4, "validate_every": 2}
     train(config(faces, tmp_path / "whole", **settings))
-    with killed_before(3):
+    with killed_before(Batches, 3):
         train(config(faces, tmp_path / "killed", **settings))
     assert load_checkpoint(tmp_path / "killed/last.pt")["step"] == 2
 
@@ -174,7 +128,7 @@ SMALL_SISN = {"network": "sisn", "preset": "paper", "override": {"width": 8, "gr
 def test_that_holds_with_everything_that_a_loss_can_have(labelled, tmp_path, changes):
     settings = {"steps": 4, "validate_every": 2, **changes}
     train(judged(labelled, tmp_path / "whole", **settings))
-    with killed_before(3):
+    with killed_before(Batches, 3):
         train(judged(labelled, tmp_path / "killed", **settings))
 
     train(judged(labelled, tmp_path / "killed", **settings))
@@ -558,7 +512,7 @@ def test_minutes_become_a_plan_in_steps_that_is_kept_and_whose_measuring_leaves_
 
     settings |= {"steps": planned, "validate_every": done}
     if done < planned:  # a slow machine ends before its plan
-        with killed_before(done):
+        with killed_before(Batches, done):
             train(judged(labelled, tmp_path / "steps", **settings))
     else:
         train(judged(labelled, tmp_path / "steps", **settings))
@@ -568,7 +522,7 @@ def test_minutes_become_a_plan_in_steps_that_is_kept_and_whose_measuring_leaves_
 
 
 def test_a_plan_in_minutes_holds_when_its_run_is_resumed(faces, tmp_path):
-    with killed_before(1):
+    with killed_before(Batches, 1):
         train(config(faces, tmp_path, minutes=1, validate_every=1))
     planned = load_checkpoint(tmp_path / "last.pt")["config"]["steps"]
 

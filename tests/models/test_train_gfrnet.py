@@ -10,17 +10,14 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
 import yaml  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
+from training import equal, killed_before, save_onnx  # noqa: E402
 
 from models.checkpoint import build, load_checkpoint  # noqa: E402
 from models.gfrnet import PRESETS, VARIANTS, Gfrnet, GfrnetConfig, identity_flow  # noqa: E402
@@ -65,27 +62,16 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     shapes = {"w1": (4, 3, 3, 3), "w2": (4, 4, 3, 3), "w3": (8, 4, 3, 3)}
     weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    _save(folder / "embedder.onnx", ("image",), [
+    save_onnx(folder / "embedder.onnx", inputs=("image",), nodes=[
         node("Mul", ["image", "small"], ["scaled"]), node("Conv", ["scaled", "w1"], ["a"], **step),
         node("Sigmoid", ["a"], ["a2"]), node("Conv", ["a2", "w2"], ["b"], **step),
         node("Conv", ["b", "w3"], ["c"], **step), node("AveragePool", ["c"], ["d"], kernel_shape=[16, 16]),
     ], small=np.float32(1 / 255), **weights)  # fmt: skip
-    _save(folder / "lpips.onnx", ("a", "b"), [
+    save_onnx(folder / "lpips.onnx", inputs=("a", "b"), nodes=[
         node("Conv", ["a", "w1"], ["x"]), node("Conv", ["b", "w1"], ["y"]), node("Sub", ["x", "y"], ["d"]),
         node("Mul", ["d", "d"], ["d2"]), node("ReduceMean", ["d2", "axes"], ["out"], keepdims=0),
     ], axes=np.array([1, 2, 3]), w1=weights["w1"])  # fmt: skip
     return folder
-
-
-def _save(path: Path, inputs: tuple[str, ...], nodes: list[onnx.NodeProto], **constants: np.ndarray) -> None:
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in inputs],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
 
 
 def settings(labelled: Path, out: Path, **changes: object) -> dict[str, object]:
@@ -105,38 +91,6 @@ def judged(labelled: Path, out: Path, **changes: object) -> GfrnetRunConfig:
     """A run with everything that a loss can have."""
     judges = {"likeness": labelled / "embedder.onnx", "perceptual": labelled / "lpips.onnx"}
     return config(labelled, out, **{**judges, "pairs": labelled / "pairs.txt", **changes})
-
-
-class Killed(Exception):
-    pass
-
-
-@contextmanager
-def killed_before(step: int) -> Iterator[None]:
-    """A training in here dies when it asks for the batch of this step."""
-    original = GuidedBatches.__getitem__
-
-    def breaking(self: GuidedBatches, asked: int):
-        if asked == step:
-            raise Killed
-        return original(self, asked)
-
-    GuidedBatches.__getitem__ = breaking  # type: ignore[method-assign]
-    try:
-        with pytest.raises(Killed):
-            yield
-    finally:
-        GuidedBatches.__getitem__ = original  # type: ignore[method-assign]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
 
 
 def untrained(settings: GfrnetRunConfig) -> dict[str, torch.Tensor]:
@@ -160,7 +114,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def test_a_run_killed_in_any_stage_and_resumed_ends_with_the_same_weights_bit_for_bit(labelled, tmp_path):
     train(judged(labelled, tmp_path / "whole"))
     for step in (1, 3, 5):
-        with killed_before(step):
+        with killed_before(GuidedBatches, step):
             train(judged(labelled, tmp_path / "killed"))
         assert load_checkpoint(tmp_path / "killed/last.pt")["step"] == step
 
@@ -227,7 +181,7 @@ def test_the_discriminators_learn_in_the_last_stage_alone(labelled, tmp_path):
     before = GuidedRestoration(settings, CPU).others["discriminators"].network.state_dict()
 
     ended = {}
-    with killed_before(3):
+    with killed_before(GuidedBatches, 3):
         train(settings)
     ended["joint"] = load_checkpoint(tmp_path / "last.pt")["others"]["discriminators"]["weights"]
     train(settings)

@@ -9,17 +9,15 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
 import yaml  # noqa: E402
-from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
+from training import equal, killed_before, save_onnx  # noqa: E402
 
 from models import train_scgan as training  # noqa: E402
 from models.checkpoint import NETWORKS, load_checkpoint  # noqa: E402
@@ -84,34 +82,6 @@ def task(*arguments: Any, rank: int = 0, **changes: object) -> ScganTraining:
     return made
 
 
-@contextmanager
-def killed_before(step: int) -> Iterator[None]:
-    """A training in here dies when it asks for the batch of this step."""
-    original = ScganBatches.__getitem__
-
-    def breaking(self: ScganBatches, asked: int):
-        if asked == step:
-            raise InterruptedError
-        return original(self, asked)
-
-    ScganBatches.__getitem__ = breaking  # type: ignore[method-assign]
-    try:
-        with pytest.raises(InterruptedError):
-            yield
-    finally:
-        ScganBatches.__getitem__ = original  # type: ignore[method-assign]
-
-
-def equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return bool(a == b)
-
-
 @pytest.fixture(scope="module")
 def labelled(face: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of two people whose landmarks are known, with two networks: `embedder.onnx`, `lpips.onnx`."""
@@ -128,12 +98,12 @@ def labelled(face: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path
     rng = np.random.default_rng(0)
     shapes = {"w1": (4, 3, 3, 3), "w2": (4, 4, 3, 3), "w3": (8, 4, 3, 3)}
     weights = {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    save(folder / "embedder.onnx", ("image",), [
+    save_onnx(folder / "embedder.onnx", inputs=("image",), nodes=[
         node("Mul", ["image", "small"], ["scaled"]), node("Conv", ["scaled", "w1"], ["a"], **step),
         node("Sigmoid", ["a"], ["a2"]), node("Conv", ["a2", "w2"], ["b"], **step),
         node("Conv", ["b", "w3"], ["c"], **step), node("AveragePool", ["c"], ["d"], kernel_shape=[16, 16]),
     ], small=np.float32(1 / 255), **weights)  # fmt: skip
-    save(folder / "lpips.onnx", ("a", "b"), [
+    save_onnx(folder / "lpips.onnx", inputs=("a", "b"), nodes=[
         node("Conv", ["a", "w1"], ["x"]), node("Conv", ["b", "w1"], ["y"]), node("Sub", ["x", "y"], ["d"]),
         node("Mul", ["d", "d"], ["d2"]), node("ReduceMean", ["d2", "axes"], ["out"], keepdims=0),
     ], axes=np.array([1, 2, 3]), w1=weights["w1"])  # fmt: skip
@@ -145,17 +115,6 @@ def add(tar: tarfile.TarFile, name: str, image: np.ndarray) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     tar.addfile(member, io.BytesIO(content))
-
-
-def save(path: Path, inputs: tuple[str, ...], nodes: list[onnx.NodeProto], **constants: np.ndarray) -> None:
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in inputs],
-        [helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
 
 
 def judges(labelled: Path) -> dict[str, object]:
@@ -174,7 +133,7 @@ def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(labelle
     data = labelled / "faces.tar"
     changes = {**judges(labelled), "steps": 4, **changes}
     train(data, real, tmp_path / "whole", **changes)
-    with killed_before(3):
+    with killed_before(ScganBatches, 3):
         train(data, real, tmp_path / "killed", **changes)
     assert load_checkpoint(tmp_path / "killed/last.pt")["step"] == 2
 

@@ -26,23 +26,8 @@ from skimage.data import astronaut
 from engines.card import CARD_KEY
 from engines.store import default_store
 from streamer import types, wire
-from streamer.cli import main
 
 PHOTO = np.ascontiguousarray(astronaut()[..., ::-1])
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def streamer(capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run a command in this process and return its exit code, output and errors."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture

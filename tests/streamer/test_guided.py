@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -15,13 +14,11 @@ from skimage.data import astronaut
 from engines.card import CARD_KEY, CardError, NetworkCard, TensorSpec
 from engines.ort import OnnxEngine
 from engines.store import Model, default_store
-from streamer.cli import main
 from streamer.geometry import UPRIGHT
 from streamer.guided import Guide, GuidedRestorer, best_by_pose, fused, pose_distance
 
 PHOTO = np.ascontiguousarray(astronaut()[..., ::-1])
 CROP = PHOTO[28:228, 122:322]
-Command = Callable[..., tuple[int, str, str]]
 
 
 def card(**changes: object) -> NetworkCard:
@@ -144,16 +141,9 @@ def test_a_network_that_takes_no_guide_is_refused(network, changes, told):
 
 
 @pytest.fixture
-def streamer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, network: Path) -> Command:
+def guided(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guided network is installed."""
     monkeypatch.setenv("STREAMER_MODELS", str(network.parent))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -163,6 +153,7 @@ def photo(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("guided")
 def test_a_photo_is_restored_by_a_guide_and_the_output_says_that_it_proves_nothing(streamer, tmp_path, photo):
     same = tmp_path / "enrolled.png"
     cv2.imwrite(str(same), PHOTO)
@@ -179,6 +170,7 @@ def test_a_photo_is_restored_by_a_guide_and_the_output_says_that_it_proves_nothi
     assert np.array_equal(parts[:, -64:], restored)
 
 
+@pytest.mark.usefixtures("guided")
 def test_crops_take_crops_as_guides_and_all_of_them_with_fuse(streamer, tmp_path):
     for name, grey in (("crop", 100), ("dark", 0), ("light", 200)):
         cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((32, 32, 3), grey, np.uint8))
@@ -191,6 +183,7 @@ def test_crops_take_crops_as_guides_and_all_of_them_with_fuse(streamer, tmp_path
     assert np.abs(mixed.astype(int) - 150).max() <= 2  # the dark one's mask is 0
 
 
+@pytest.mark.usefixtures("guided")
 def test_what_a_guide_cannot_be_is_refused_in_one_line_each(streamer, tmp_path, photo):
     wall, two = tmp_path / "wall.png", tmp_path / "two.png"
     cv2.imwrite(str(wall), np.full((200, 200, 3), 128, np.uint8))
@@ -211,13 +204,12 @@ def test_what_a_guide_cannot_be_is_refused_in_one_line_each(streamer, tmp_path, 
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_without_a_guided_network_the_names_that_are_known_are_told(capsys, photo, tmp_path, monkeypatch):
+def test_without_a_guided_network_the_names_that_are_known_are_told(streamer, photo, tmp_path, monkeypatch):
     monkeypatch.delenv("STREAMER_MODELS", raising=False)
     if "gfrnet" in {listing.name for listing in default_store(offline=True).list()}:
         pytest.skip("gfrnet ships by now")
 
-    with pytest.raises(SystemExit) as ended:
-        main(["restore", str(photo), "--guide", str(photo), "--out", str(tmp_path / "out")])
+    code, _, err = streamer("restore", photo, "--guide", photo, "--out", tmp_path / "out")
 
-    assert ended.value.code == 2
-    assert "no model is named 'gfrnet'" in capsys.readouterr().err
+    assert code == 2
+    assert "no model is named 'gfrnet'" in err
