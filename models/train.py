@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -80,6 +81,9 @@ class TrainConfig(RunConfig):
     """Of the distance between the embedder's features of restored and clean face, beside the pixel loss."""
     likeness_batch: int = Field(4, gt=0)
     """So many faces of a batch are judged by the embedder: on a CPU it costs as much as the restorer."""
+    jitter: float = Field(0.0, ge=0, le=0.2)
+    """The landmarks that a face is aligned by for the embedder wander by so many distances between the eyes (standard
+    deviation), for the restored and the clean face alike: what one place of the grid alone would see is not learned."""
     perceptual: RelativePath | None = None
     """LPIPS as ONNX, for surveillance batches too. A pixel loss alone draws what is smooth."""
     perceptual_weight: float = Field(8.0, ge=0)
@@ -189,7 +193,7 @@ class BlindRestoration(Task):
 
     def learn(self, network: nn.Module, step: int, config: RunConfig) -> dict[str, float]:
         present = self.judges if step >= self.config.pixel_share * config.steps else Judges(None, None)
-        loss, parts = self._loss(network, self.batches[step], present)
+        loss, parts = self._loss(network, self._jittered(self.batches[step], step), present)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
@@ -204,6 +208,14 @@ class BlindRestoration(Task):
 
     def outdated(self, changes: set[str]) -> set[str]:
         return {"discriminator"} & changes
+
+    def _jittered(self, batch: Batch, step: int) -> Batch:
+        if not self.config.jitter:
+            return batch
+        draws = np.random.default_rng([*self.batches.seed, step, 1])  # 1: not the batch's own draws
+        wandering = torch.from_numpy(draws.normal(0, self.config.jitter, batch.landmarks.shape)).to(batch.landmarks)
+        apart = (batch.landmarks[:, 0] - batch.landmarks[:, 1]).norm(dim=1)
+        return replace(batch, landmarks=batch.landmarks + apart[:, None, None] * wandering)
 
     def _loss(self, network: nn.Module, batch: Batch, judges: Judges) -> tuple[Tensor, dict[str, float]]:
         """Return what the step minimises, and its parts by name, for the log."""

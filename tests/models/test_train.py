@@ -122,7 +122,7 @@ SMALL_SISN = {"network": "sisn", "preset": "paper", "override": {"width": 8, "gr
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"discriminator": {"width": 4, "reading": "journal"}}, {**SMALL_SISN, "adversarial": 0}],
+    [{"jitter": 0.1}, {"discriminator": {"width": 4, "reading": "journal"}}, {**SMALL_SISN, "adversarial": 0}],
     ids=["SGEN", "discriminator of the journal", "SISN with BN"],
 )
 def test_that_holds_with_everything_that_a_loss_can_have(labelled, tmp_path, changes):
@@ -389,6 +389,19 @@ def test_a_run_with_judges_tells_what_they_saw(labelled, tmp_path):
     weighed = scores["x4"] + 10 * scores["x4.identity"] - 8 * scores["x4.lpips"]
     assert float(logged["value"]) == pytest.approx(weighed, abs=1e-6)
     assert load_checkpoint(tmp_path / "best.pt")["scores"] == scores
+
+
+def test_the_landmarks_that_the_embedder_aligns_by_may_wander_and_nothing_else_changes(labelled, tmp_path):
+    judge = {"likeness": labelled / "embedder.onnx"}
+    ways = {"plain": {}, "plain, wandering": {"jitter": 0.1}, "judged": judge, "wandering": {**judge, "jitter": 0.1}}
+
+    ended = {}
+    for name, changes in ways.items():
+        train(config(labelled / "faces.tar", tmp_path / name, steps=2, **changes))
+        ended[name] = load_checkpoint(tmp_path / name / "last.pt")["weights"]
+
+    assert equal(ended["plain"], ended["plain, wandering"])
+    assert not equal(ended["judged"], ended["wandering"])
 
 
 def test_nothing_judges_a_face_whose_landmarks_are_unknown(faces, labelled, tmp_path):
