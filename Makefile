@@ -19,7 +19,7 @@ demo: $(VENV)/demo.stamp
 
 # Processes apart, as in the product: torch and OpenVINO in one crashed within a training (segmentation fault).
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest -q tests/models
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests/models
 	$(RUN) -m pytest -q tests/engines
 	$(RUN) -m pytest -q --ignore=tests/models --ignore=tests/engines
 

@@ -1,9 +1,9 @@
 """Ablations: `python -m models.ablate configs/ablate/sgen-n.yaml` trains the variants of a paper's table, and judges.
 
 Every variant has the same budget: steps, batch, faces and seeds; a seed's batches are the same for all. Each run is
-judged on test faces at the paper's protocol (models.protocols), and the report says of every ordering that the paper
-claims whether it holds here. A command that was killed goes on where it was: runs that are done, and their scores, are
-kept in the folder of runs.
+judged on test faces (models.ablate_judges), and the report says of every ordering that the paper claims whether it
+holds here. A command that was killed goes on where it was: runs that are done, and their scores, are kept in the folder
+of runs.
 """
 
 from __future__ import annotations
@@ -11,39 +11,59 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.checkpoint import NETWORKS, build, load_checkpoint
-from models.dataset import Face
-from models.degradation import SGEN_SIZES
-from models.judges import REDRAWS, Lpips, mps, psnr, ssim
-from models.protocols import Pair, protocol_faces, sgen_pair, sisn_pair
+from models.ablate_judges import FACTOR, BlindJudge, GuidedJudge, Judge, ScganJudge
+from models.checkpoint import build, load_checkpoint
+from models.gfrnet import VARIANTS
+from models.judges import REDRAWS
+from models.loop import RunConfig, Task
 from models.settings import RelativePath, read_settings
-from models.train import TrainConfig, train
+from models.train import BlindRestoration, TrainConfig, train
+from models.train_gfrnet import GfrnetRunConfig, GuidedRestoration
+from models.train_scgan import ScganRunConfig, ScganTraining, make_branches
 
 Height = Literal[128, 144, 160, 176, 192, 208]
-Name = Annotated[str, Field(pattern=r"^\w[\w.=+ -]*$")]
-"""A variant's name, which is that of its folder too."""
+Name = Annotated[str, Field(pattern=r"^-?[^\W_][\w.=+ -]*$")]
+"""A variant's name, and its folder's; one that begins with - (the papers' -F) lies in a folder that begins with _."""
 Verdict = Literal["holds", "does not hold", "too close"]
 
-_WIDTHS = {height: width for width, height in SGEN_SIZES} | {256: 256}
-_FACTOR = 4  # of both protocols, for a network that does not enlarge by itself
-_TOGETHER = 8  # so many faces go through a network at a time
-_MEASURES = {"PSNR": 1, "SSIM": 1, "LPIPS": -1, "MPS": 1}  # -1: less is better
 _OURS_ALONE = {"out", "seed", "minutes"}
+
+
+class _Kind(NamedTuple):
+    config: type[RunConfig]
+    task: Callable[[Any, torch.device], Task]
+    measures: tuple[str, ...]
+
+
+_BLIND = _Kind(TrainConfig, BlindRestoration, BlindJudge.measures)
+_KINDS = {
+    "scgan": _Kind(ScganRunConfig, ScganTraining, ScganJudge.measures),
+    "gfrnet": _Kind(GfrnetRunConfig, GuidedRestoration, GuidedJudge.measures),
+}
+"""Networks that are trained and judged otherwise than by pairs of a damaged and a clean face."""
 
 
 class Variant(BaseModel):
@@ -57,10 +77,18 @@ class Variant(BaseModel):
     """Another preset."""
     override: dict[str, Any] = {}
     """Fields of the network's config, beside the base's."""
-    adversarial: float | None = Field(None, ge=0)
+    adversarial: float | None = None
     """Another weight of SGEN's adversarial loss."""
-    paper: dict[Literal["PSNR", "SSIM", "LPIPS", "MPS"], float] = {}
-    """The paper's figures."""
+    variant: str | None = None
+    """Another row of GFRNet's table. R, which differs from Full in the test alone, is judged on Full's weights."""
+    share: str | None = None
+    """What else SCGAN's degraders share."""
+    cycles: str | None = None
+    """Which of SCGAN's cycles there are instead."""
+    losses: dict[str, Any] = {}
+    """Fields of SCGAN's losses, beside the base's."""
+    paper: dict[str, float] = {}
+    """The paper's figures, by the measure's name in the report."""
 
 
 class AblateConfig(BaseModel):
@@ -74,8 +102,9 @@ class AblateConfig(BaseModel):
     """Where the paper's figures are from: table, data, what they are means of."""
     smaller: str
     """What is smaller here than in the paper."""
-    base: TrainConfig
-    """The run that variants differ from; `protocols` names the one protocol, sgen or sisn, that also judges."""
+    base: RunConfig
+    """The run that variants differ from, of the kind that its `network` wants. A blind one names in `protocols` the one
+    protocol, sgen or sisn, that also judges; the side and the damage of others do."""
     variants: dict[Name, Variant] = Field(min_length=1)
     """By name."""
     claims: list[tuple[str, str]] = []
@@ -84,10 +113,12 @@ class AblateConfig(BaseModel):
     """A run of each variant for each of them."""
     truths: RelativePath
     """Faces that nobody trained on: a tar with its CSV."""
+    pairs: RelativePath | None = None
+    """Pairs of them, one `QUERY REFERENCE` a line (guided_test.txt), that GFRNet is judged by."""
     sizes: list[Height] = Field([128, 144, 160, 176, 192, 208], min_length=1)
     """Heights of SGEN's truths; SISN's are 256 px."""
     limit: int | None = Field(None, gt=0)
-    """Only so many truths."""
+    """Only so many truths, or pairs."""
     lpips: RelativePath | None = None
     """LPIPS as ONNX, for LPIPS and MPS."""
     runs: RelativePath
@@ -97,54 +128,96 @@ class AblateConfig(BaseModel):
 
     @field_validator("base", mode="before")
     @classmethod
-    def _given_out(cls, base: Any) -> Any:
+    def _of_its_kind(cls, base: Any, info: ValidationInfo) -> Any:
         if not isinstance(base, dict):
             return base
         if taken := _OURS_ALONE & base.keys():
             raise ValueError(f"{', '.join(sorted(taken))}: set by the ablation, whose budget is in steps")
-        return {**base, "out": "."}
+        kind = _KINDS.get(str(base.get("network")), _BLIND)
+        return kind.config.model_validate({**base, "out": "."}, context=info.context)
 
     @model_validator(mode="after")
     def _possible(self) -> AblateConfig:
         """Every run can be built and judged, and claims speak of variants: found now, not after hours."""
-        if len(self.base.protocols) != 1 or self.protocol == "surveillance":
+        base = self.base
+        if isinstance(base, TrainConfig) and (len(base.protocols) != 1 or self.protocol == "surveillance"):
             raise ValueError("base.protocols: give one alone, sgen or sisn; it also judges")
-        if self.truths in (*self.base.data, self.base.validation):
+        if self.truths in (*base.data, base.validation):
             raise ValueError("truths: the base run sees them")
+        if isinstance(base, GfrnetRunConfig) != (self.pairs is not None):
+            raise ValueError("pairs: GFRNet is judged by listed pairs (guided_test.txt), other networks by none")
         if unknown := {name for claim in self.claims for name in claim} - self.variants.keys():
             raise ValueError(f"claims: no variant is called {', '.join(sorted(unknown))}")
-        wanted = _FACTOR if self.protocol == "sgen" else None
-        for name in self.variants:
+        wanted = FACTOR if self.protocol == "sgen" else None
+        for name, variant in self.variants.items():
+            if strange := variant.paper.keys() - set(self.kind.measures):
+                raise ValueError(f"variants.{name}.paper: {', '.join(sorted(strange))} is not measured here")
             try:
-                scale = _factor(_described(self.run(name, self.seeds[0])))
+                scale = self._scale(name)
             except (TypeError, ValueError) as exc:
-                raise ValueError(f"variants.{name}: {' '.join(str(exc).split())}") from None
+                raise ValueError(f"variants.{name}: {_told(exc)}") from None
             wanted = wanted or scale
             if scale != wanted:
                 raise ValueError(f"variants.{name}: it enlarges {scale} times, not {wanted} as it should")
         return self
 
     @property
-    def protocol(self) -> str:
-        return next(iter(self.base.protocols))
+    def kind(self) -> _Kind:
+        return _KINDS.get(self.base.network, _BLIND)
 
     @property
-    def heights(self) -> list[int]:
-        """Of the truths, in pixels."""
-        return [256] if self.protocol == "sisn" else [*self.sizes]
+    def protocol(self) -> str | None:
+        """Of blind runs."""
+        return next(iter(self.base.protocols)) if isinstance(self.base, TrainConfig) else None
 
-    @property
-    def scale(self) -> int:
-        """How many times the protocol shrinks."""
-        return _factor(_described(self.run(next(iter(self.variants)), self.seeds[0])))
+    def run(self, name: str, seed: int) -> RunConfig:
+        """Return the run of this variant and seed. Raises ValueError where the variant does not suit the base."""
+        base, variant = self.base, self.variants[name]
+        changes = variant.model_dump(exclude_defaults=True, exclude={"paper"})
+        if _KINDS.get(variant.network or base.network, _BLIND) is not self.kind:
+            raise ValueError(f"network {variant.network!r} is not trained as {base.network!r}, so they do not compare")
+        another = variant.network not in (None, base.network)
+        changes["override"] = variant.override if another else base.override | variant.override
+        fields = base.model_dump()
+        if variant.losses:
+            changes["losses"] = fields.get("losses", {}) | variant.losses
+        folder = f"_{name}" if name.startswith("-") else name
+        return type(base).model_validate({**fields, **changes, "seed": seed, "out": self.runs / folder / f"seed{seed}"})
 
-    def run(self, name: str, seed: int) -> TrainConfig:
-        """Return the run of this variant and seed."""
-        variant = self.variants[name]
-        changes = variant.model_dump(exclude_none=True, exclude={"paper"})
-        if variant.network in (None, self.base.network):
-            changes["override"] = self.base.override | variant.override
-        return self.base.model_copy(update={**changes, "seed": seed, "out": self.runs / name / f"seed{seed}"})
+    def trained(self, name: str, seed: int) -> RunConfig:
+        """Return the run that trains this variant's weights: its own, but of R that of Full."""
+        run = self.run(name, seed)
+        if not (isinstance(run, GfrnetRunConfig) and VARIANTS[run.variant].stranger):
+            return run
+        full = run.model_copy(update={"variant": "Full"})
+        others = (self.run(other, seed) for other in self.variants)
+        return next((other for other in others if other.model_copy(update={"out": full.out}) == full), full)
+
+    def judge(self) -> Judge:
+        """Load the test faces. Raises OSError or ValueError where they do not suit."""
+        base = self.base
+        if isinstance(base, GfrnetRunConfig) and self.pairs is not None:
+            return GuidedJudge(self.truths, self.pairs, side=base.side, limit=self.limit, lpips=self.lpips)
+        if isinstance(base, ScganRunConfig):
+            return ScganJudge(self.truths, base, limit=self.limit, lpips=self.lpips)
+        return BlindJudge(
+            self.truths,
+            self.protocol or "",
+            heights=[256] if self.protocol == "sisn" else [*self.sizes],
+            scale=self._scale(next(iter(self.variants))),
+            limit=self.limit,
+            lpips=self.lpips,
+        )
+
+    def _scale(self, name: str) -> int:
+        """Return how many times larger the variant's result is. Raises TypeError or ValueError if it cannot be."""
+        run, nowhere = self.trained(name, self.seeds[0]), torch.device("meta")
+        with nowhere:
+            if isinstance(run, ScganRunConfig):  # without its discriminators: they take seconds
+                network: Any = make_branches(run).r_ls
+            else:
+                network = self.kind.task(run, nowhere).network
+        return network.config.scale or FACTOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +231,7 @@ class Run:
     """Of a step of training, the median: processor time on a CPU, of all threads; None where none was seen."""
     device: str
     scores: dict[str, list[float]]
-    """By measure, one figure a face: the mean over the sizes."""
+    """By measure, one figure a face."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +251,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--only", metavar="VARIANT", action="append", help="train this variant alone; may be repeated")
     parser.add_argument("--seeds", type=int, metavar="N", help="the first N seeds alone")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(_bound(sys.argv[1:]))
     try:
         config = read_settings(AblateConfig, arguments.config)
         command = f"python -m models.ablate {arguments.config}"
@@ -195,19 +268,16 @@ def ablate(config: AblateConfig, *, command: str, only: Sequence[str] | None = N
     """
     if unknown := set(only or ()) - config.variants.keys():
         raise ValueError(f"no variant is called {', '.join(sorted(unknown))}; there are {', '.join(config.variants)}")
-    faces = protocol_faces(config.truths)[: config.limit]
-    if not faces:
-        raise ValueError(f"{config.truths}: no face is 256 px, sharp (detail 0.09) and turned by no more than yaw 0.5")
     if seeds is not None and seeds < 1:
         raise ValueError(f"{seeds} seeds: there must be one at least")
-    lpips = Lpips(config.lpips) if config.lpips else None
+    judge = config.judge()
     runs: dict[str, dict[int, Run]] = {name: {} for name in config.variants}
     for seed in config.seeds:  # all variants of a seed before the next, so that a part of the table is a whole one
         for name in config.variants:
             wanted = seed in config.seeds[:seeds] and name in (only or config.variants)
-            if run := _obtain(config, name, seed, faces, lpips, wanted=wanted):
+            if run := _obtain(config, name, seed, judge, wanted=wanted):
                 runs[name][seed] = run
-    report = "\n".join(_report(config, faces, runs, command))
+    report = "\n".join(_report(config, judge, runs, command))
     config.report.parent.mkdir(parents=True, exist_ok=True)
     config.report.write_text(report)
     return report
@@ -230,39 +300,52 @@ def compare(better: np.ndarray, worse: np.ndarray, identities: Sequence[str]) ->
     return Finding(float(difference.mean()), low, high, difference.mean(axis=1).tolist(), verdict)
 
 
+def _bound(arguments: Sequence[str]) -> list[str]:
+    """Bind every --only to its variant: argparse would take -F for an option."""
+    bound: list[str] = []
+    for argument in arguments:
+        if bound and bound[-1] == "--only":
+            bound[-1] = f"--only={argument}"
+        else:
+            bound.append(argument)
+    return bound
+
+
+def _told(error: Exception) -> str:
+    """Return what is wrong in one line."""
+    if isinstance(error, ValidationError):
+        return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    return " ".join(str(error).split())
+
+
 # One run
 
 
-def _obtain(
-    config: AblateConfig, name: str, seed: int, faces: list[Face], lpips: Lpips | None, *, wanted: bool
-) -> Run | None:
+def _obtain(config: AblateConfig, name: str, seed: int, judge: Judge, *, wanted: bool) -> Run | None:
     """Return the run judged: kept, or trained and judged now if it is `wanted`."""
-    settings = config.run(name, seed)
-    asked = {
-        "truths": config.truths.name, "faces": len(faces), "heights": config.heights,
-        "lpips": config.lpips.name if config.lpips else None,
-    }  # fmt: skip
-    done = _is_done(settings)
+    run, trained = config.run(name, seed), config.trained(name, seed)
+    asked, done = judge.asked(run), _is_done(trained)
     if not (done or wanted):
         return None
     print(f"{name}, seed {seed}", flush=True)
     with _timed() as begun:
-        train(settings)  # what is done is only compared: a changed config is refused
-    path = settings.out / "scores.json"
+        train(trained)  # what is done is only compared: a changed config is refused
+    path = trained.out / ("scores.json" if trained.out == run.out else f"scores-{name}.json")
     kept = json.loads(path.read_text()) if done and path.exists() else {}
     if kept.get("asked") == asked:
         return Run(**kept["run"])
     if not wanted:
         return None
-    seconds = float(np.median(np.diff(begun))) if len(begun) > 1 else kept.get("run", {}).get("seconds")
-    run = _judge(config, settings, faces, lpips, seconds)
+    steps = max(begun.values(), key=len, default=[])
+    seconds = float(np.median(np.diff(steps))) if len(steps) > 1 else kept.get("run", {}).get("seconds")
+    judged = _judged(run, trained, judge, seconds)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"asked": asked, "run": asdict(run)}))
+    partial.write_text(json.dumps({"asked": asked, "run": asdict(judged)}))
     partial.replace(path)
-    return run
+    return judged
 
 
-def _is_done(settings: TrainConfig) -> bool:
+def _is_done(settings: RunConfig) -> bool:
     """Say whether the run has all its steps. Raises ValueError if it was planned for another number of them."""
     last = settings.out / "last.pt"
     if not last.exists():
@@ -273,146 +356,69 @@ def _is_done(settings: TrainConfig) -> bool:
     return bool(state["step"] >= settings.steps)
 
 
-def _judge(
-    config: AblateConfig, settings: TrainConfig, faces: list[Face], lpips: Lpips | None, seconds: float | None
-) -> Run:
+def _judged(run: RunConfig, trained: RunConfig, judge: Judge, seconds: float | None) -> Run:
     """Judge the weights that validated best."""
-    state = load_checkpoint(settings.out / "best.pt")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = load_checkpoint(trained.out / "best.pt")
     network = build(state["network"])
     network.load_state_dict(state["weights"])
-    network = network.to(device, memory_format=torch.channels_last).eval()
-    found: dict[str, list[list[float]]] = {}
-    for height in config.heights:
-        pairs = _pairs(config, faces, height)
-        images = torch.stack([_given(network, pair.low, settings.enlarge) for pair in pairs])
-        restored = _restore(network, images.to(device), pairs[0].truth.shape[:2])
-        for measure, figures in _measured(restored, pairs, lpips).items():
-            found.setdefault(measure, []).append(figures)
-    largest = _pairs(config, faces[:1], max(config.heights))[0].low
+    network = network.to(judge.device, memory_format=torch.channels_last).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(*judge.inputs(network, run))
     return Run(
         parameters=sum(p.numel() for p in network.parameters()),
-        gmac=_gmac(network, _given(network, largest, settings.enlarge)[None].to(device)),
+        gmac=counter.get_total_flops() / 2e9,
         seconds=seconds,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"CPU ({platform.machine()})",
-        scores={measure: np.mean(figures, axis=0).tolist() for measure, figures in found.items()},
+        device=torch.cuda.get_device_name() if judge.device.type == "cuda" else f"CPU ({platform.machine()})",
+        scores=judge.scores(network, run),
     )
 
 
-def _pairs(config: AblateConfig, faces: list[Face], height: int) -> list[Pair]:
-    if config.protocol == "sisn":
-        return [sisn_pair(face, config.scale) for face in faces]
-    return [sgen_pair(face, (_WIDTHS[height], height), seed) for seed, face in enumerate(faces)]
-
-
-def _given(network: nn.Module, low: np.ndarray, enlarge: str) -> Tensor:
-    """Return what the network is given of a small image, (3, h, w) RGB in [-1, 1].
-
-    It is enlarged, if the network does not by itself, and reflected at the lower and right edge to its multiple.
-    """
-    if network.config.scale is None:
-        how = cv2.INTER_NEAREST if enlarge == "nearest" else cv2.INTER_CUBIC
-        low = cv2.resize(low, None, fx=_FACTOR, fy=_FACTOR, interpolation=how)
-    bottom, right = (-side % network.config.multiple for side in low.shape[:2])
-    low = cv2.copyMakeBorder(low, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
-    return torch.from_numpy(np.ascontiguousarray(low[..., ::-1].transpose(2, 0, 1))).float() / 127.5 - 1
-
-
-@torch.inference_mode()
-def _restore(network: nn.Module, images: Tensor, size: tuple[int, int]) -> list[np.ndarray]:
-    """(n, 3, h, w) RGB in [-1, 1] to (H, W, 3) uint8 BGR each, of this height and width."""
-    restored = torch.cat([network(part) for part in images.split(_TOGETHER)])[..., : size[0], : size[1]]
-    pixels = ((restored + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [np.ascontiguousarray(image[..., ::-1]) for image in pixels]
-
-
-def _measured(restored: list[np.ndarray], pairs: list[Pair], lpips: Lpips | None) -> dict[str, list[float]]:
-    """Return each measure's figures, one an image."""
-    both = [(image, pair.truth) for image, pair in zip(restored, pairs, strict=True)]
-    scores = {"PSNR": [psnr(*each) for each in both], "SSIM": [ssim(*each) for each in both]}
-    if lpips:
-        scores["LPIPS"] = [lpips(*each) for each in both]
-        scores["MPS"] = [mps(*each) for each in zip(scores["SSIM"], scores["LPIPS"], strict=True)]
-    return scores
-
-
-def _gmac(network: nn.Module, image: Tensor) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(image)
-    return counter.get_total_flops() / 2e9
-
-
 @contextmanager
-def _timed() -> Iterator[list[float]]:
-    """While it is entered, note when each step of training begins: in processor time on a CPU, which others share."""
+def _timed() -> Iterator[dict[int, list[float]]]:
+    """While it is entered, note when each optimiser steps: in processor time on a CPU, which others share."""
     clock = time.perf_counter if torch.cuda.is_available() else time.process_time
-    networks = tuple(known.network for known in NETWORKS.values())
-    begun: list[float] = []
+    begun: dict[int, list[float]] = {}
 
-    def note(module: nn.Module, _: Any) -> None:
-        if module.training and isinstance(module, networks):
-            begun.append(clock())
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        begun.setdefault(id(optimizer), []).append(clock())
 
-    with register_module_forward_pre_hook(note):
+    with register_optimizer_step_pre_hook(note):
         yield begun
-
-
-def _described(run: TrainConfig) -> dict[str, Any]:
-    """Return the description of the run's network. Raises ValueError for a network or preset that is unknown."""
-    known = NETWORKS.get(run.network)
-    if known is None:
-        raise ValueError(f"network {run.network!r} is unknown; known: {', '.join(NETWORKS)}")
-    if run.preset not in known.presets:
-        raise ValueError(f"{run.network} has no preset {run.preset!r}; it has {', '.join(known.presets)}")
-    return {"name": run.network, **asdict(known.presets[run.preset]), **run.override}
-
-
-def _factor(description: dict[str, Any]) -> int:
-    """Return how many times larger the result is than the small face. Raises TypeError or ValueError for bad fields."""
-    return build(description, untrained=True).config.scale or _FACTOR  # type: ignore[union-attr, return-value]
 
 
 # The report
 
 
-def _report(config: AblateConfig, faces: list[Face], runs: dict[str, dict[int, Run]], command: str) -> list[str]:
+def _report(config: AblateConfig, judge: Judge, runs: dict[str, dict[int, Run]], command: str) -> list[str]:
     known = [run for of_seed in runs.values() for run in of_seed.values()]
     missing = [f"{name} seed {seed}" for name in runs for seed in config.seeds if seed not in runs[name]]
-    people = [face.identity for face in faces]
     base = config.base
+    pixel = f"pixel loss {base.pixel}, " if isinstance(base, TrainConfig) else ""
     return [
         f"# {config.title}",
         "",
         f"`{command}`, trained on: {', '.join(sorted({run.device for run in known})) or 'nothing yet'}. Every run: "
-        f"{base.steps} steps of {base.batch} faces of {', '.join(path.stem for path in base.data)}, pixel loss "
-        f"{base.pixel}, learning rate {base.learning_rate:g}; a seed's batches are the same for all. "
-        f"{len(config.seeds)} seeds. Judged are the averaged weights that validated best, on {len(faces)} faces of "
-        f"{len(set(people))} people out of {config.truths.name}: {_judged_at(config)}.",
+        f"{base.steps} steps of {base.batch} faces of {', '.join(path.stem for path in base.data)}, {pixel}"
+        f"learning rate {base.learning_rate:g}; a seed's batches are the same for all. "
+        f"{len(config.seeds)} seeds. Judged are the averaged weights that validated best, on {judge.said}.",
         "",
         f"Smaller than in the paper: {config.smaller}",
         "",
         *([f"**Not complete.** Not run yet: {', '.join(missing)}.", ""] if missing else []),
-        *_table(config, runs),
+        *_table(config, judge, runs),
         "",
-        *_claims(config, runs, people),
+        *_claims(config, judge, runs),
     ]
 
 
-def _judged_at(config: AblateConfig) -> str:
-    if config.protocol == "sisn":
-        return f"÷{config.scale} by Pillow's anti-aliased bicubic, no noise, 256×256"
-    return f"÷4 by cubic, Gaussian noise σ 30, 8 bit; means over the sizes {', '.join(map(_size, config.heights))}"
-
-
-def _size(height: int) -> str:
-    return f"{height}×{_WIDTHS[height]}"
-
-
-def _table(config: AblateConfig, runs: dict[str, dict[int, Run]]) -> list[str]:
+def _table(config: AblateConfig, judge: Judge, runs: dict[str, dict[int, Run]]) -> list[str]:
     """Return a row for each variant, and the paper's beneath it."""
-    measures = _of_all(runs)
-    titles = [f"{measure}, less is better" if _MEASURES[measure] < 0 else measure for measure in measures]
+    measures = _of_all(judge, runs)
+    titles = [f"{measure}, less is better" if _sign(measure) < 0 else measure for measure in measures]
     lines = _header("variant", ["seeds", "parameters", "GMAC", "s a step", *titles])
+    if before := judge.before():
+        figures = [_figure(measure, float(np.mean(before[measure]))) for measure in measures]
+        lines.append(_line("not restored, enlarged", ["", "", "", "", *figures]))
     for name, variant in config.variants.items():
         found = list(runs[name].values())
         if not found:
@@ -429,20 +435,20 @@ def _table(config: AblateConfig, runs: dict[str, dict[int, Run]]) -> list[str]:
     return [
         *lines,
         "",
-        f"± is the standard deviation over seeds. GMAC: 10⁹ multiply-accumulates of one result of "
-        f"{_size(max(config.heights))}. s a step: the median of training, on a CPU seconds of processor time. PSNR on "
-        f"RGB, full frame, 8 bit; SSIM on luma, 11×11 Gaussian. The paper's figures: {config.paper}",
+        f"± is the standard deviation over seeds. GMAC: 10⁹ multiply-accumulates of one result of {judge.size}. "
+        "s a step: the median of training, on a CPU seconds of processor time. PSNR on RGB, full frame, 8 bit; SSIM on "
+        f"luma, 11×11 Gaussian. The paper's figures: {config.paper}",
     ]
 
 
-def _claims(config: AblateConfig, runs: dict[str, dict[int, Run]], people: list[str]) -> list[str]:
+def _claims(config: AblateConfig, judge: Judge, runs: dict[str, dict[int, Run]]) -> list[str]:
     lines = []
     for better, worse in config.claims:
         seeds = sorted(runs[better].keys() & runs[worse].keys())
-        for measure in _of_all(runs) if seeds else []:
+        for measure in _of_all(judge, runs) if seeds else []:
             a, b = (np.array([runs[name][seed].scores[measure] for seed in seeds]) for name in (better, worse))
-            sign = _MEASURES[measure]
-            finding = compare(sign * a, sign * b, people)
+            sign = _sign(measure)
+            finding = compare(sign * a, sign * b, judge.people)
             theirs = [config.variants[name].paper.get(measure) for name in (better, worse)]
             paper = "" if None in theirs else _gain(measure, sign * (theirs[0] - theirs[1]))  # type: ignore[operator]
             low, high = (_gain(measure, value) for value in (finding.low, finding.high))
@@ -465,10 +471,14 @@ def _claims(config: AblateConfig, runs: dict[str, dict[int, Run]], people: list[
     ]
 
 
-def _of_all(runs: dict[str, dict[int, Run]]) -> list[str]:
+def _of_all(judge: Judge, runs: dict[str, dict[int, Run]]) -> list[str]:
     """Return the measures that there are."""
     found = {measure for of_seed in runs.values() for run in of_seed.values() for measure in run.scores}
-    return [measure for measure in _MEASURES if measure in found]
+    return [measure for measure in judge.measures if measure in found]
+
+
+def _sign(measure: str) -> int:
+    return -1 if measure.startswith("LPIPS") else 1
 
 
 def _spread(measure: str, runs: list[Run]) -> str:
@@ -478,11 +488,11 @@ def _spread(measure: str, runs: list[Run]) -> str:
 
 
 def _figure(measure: str, value: float) -> str:
-    return f"{value:.{2 if measure == 'PSNR' else 4}f}"
+    return f"{value:.{2 if measure.startswith('PSNR') else 4}f}"
 
 
 def _gain(measure: str, value: float) -> str:
-    digits = 3 if measure == "PSNR" else 4
+    digits = 3 if measure.startswith("PSNR") else 4
     return f"{round(value, digits) + 0.0:+.{digits}f}"  # + 0.0: no -0.000
 
 

@@ -177,7 +177,7 @@ class GuidedValidation:
         faces are of one person."""
         self.judges = judges
         rng = np.random.default_rng(1)
-        strange = pairs[_next_person(faces.persons[pairs[:, 0]]), 1]
+        strange = pairs[next_person(faces.persons[pairs[:, 0]]), 1]
         shown = [faces.crops_of(rng, rows, side, vary=False) for rows in (pairs[:, 0], pairs[:, 1], strange)]
         truth, guide, self.stranger = (Clean(_centred(clean.images), clean.landmarks) for clean in shown)
         guide = self.stranger if stranger else guide
@@ -259,7 +259,7 @@ def _varied(rng: np.random.Generator, images: Tensor) -> Tensor:
     return stored(torch.where(grey, images.mean(dim=1, keepdim=True), images))
 
 
-def _next_person(persons: np.ndarray) -> np.ndarray:
+def next_person(persons: np.ndarray) -> np.ndarray:
     """Return for each place the nearest later one, round the end, that has another person."""
     if len(set(persons)) < 2:
         raise ValueError("all faces are of one person: what a stranger's guide does cannot be seen")

@@ -109,12 +109,12 @@ class Lpips:
     """LPIPS as ONNX, two images of RGB in [-1, 1] to a distance."""
 
     def __init__(self, path: Path, *, threads: int = 1) -> None:
-        self._session = _session(path, threads)
+        self._session = open_session(path, threads)
         self._names = [value.name for value in self._session.get_inputs()]
 
     def __call__(self, image: np.ndarray, truth: np.ndarray) -> float:
         """Return the distance of two images of one size, at least 64 px: 0 where they are the same, less is better."""
-        both = [_planes(each[..., ::-1], 127.5, 127.5)[None] for each in (image, truth)]
+        both = [as_planes(each[..., ::-1], 127.5, 127.5)[None] for each in (image, truth)]
         return float(np.ravel(self._session.run(None, dict(zip(self._names, both, strict=True)))[0])[0])
 
 
@@ -128,7 +128,7 @@ class FaceEmbedder:
             raise ValueError(f"{path}: {path.stem} is not known; give its preparation, or one of {[*KNOWN_EMBEDDERS]}")
         self.preparation = known
         self._template = np.array(known.template, np.float64)
-        self._session = _session(path, threads)
+        self._session = open_session(path, threads)
         self._input = self._session.get_inputs()[0].name
 
     def embed(self, images: Sequence[np.ndarray], landmarks: Sequence[np.ndarray]) -> np.ndarray:
@@ -160,7 +160,7 @@ class FaceEmbedder:
 
     def _run(self, face: np.ndarray) -> np.ndarray:
         ordered = face[..., ::-1] if self.preparation.color == "RGB" else face
-        planes = _planes(ordered, self.preparation.mean, self.preparation.std)
+        planes = as_planes(ordered, self.preparation.mean, self.preparation.std)
         return np.ravel(self._session.run(None, {self._input: planes[None]})[0])
 
 
@@ -169,7 +169,7 @@ class OnnxRestorer:
 
     def __init__(self, path: Path, card: dict[str, Any] | None = None, *, threads: int = 1) -> None:
         """`card` stands in for the one in the file. Raises ValueError if there is neither."""
-        self._session = _session(path, threads)
+        self._session = open_session(path, threads)
         text = self._session.get_modelmeta().custom_metadata_map.get("streamer.card")
         if card is None and text is None:
             raise ValueError(f"{path} has no card: export it with models.export")
@@ -203,7 +203,7 @@ class OnnxRestorer:
         bottom, right = (-side % card["size_multiple"] for side in image.shape[:2])
         # an image that is too small to be reflected once is reflected again and again; one pixel is repeated
         image = cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REFLECT_101)
-        return _planes(image[..., ::-1] if card["color"] == "RGB" else image, card["mean"], card["std"])
+        return as_planes(image[..., ::-1] if card["color"] == "RGB" else image, card["mean"], card["std"])
 
 
 def real_esrgan(path: Path, *, threads: int = 1) -> OnnxRestorer:
@@ -250,13 +250,13 @@ def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([turn, target.mean(axis=0) - turn @ source.mean(axis=0)])
 
 
-def _planes(image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
+def as_planes(image: np.ndarray, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
     """(H, W, 3) uint8 to (3, H, W) float32, less `mean`, over `std`."""
     values = (image.astype(np.float32) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     """Load an ONNX. Raises OSError, or ValueError in one line."""
     content = path.read_bytes()
     options = onnxruntime.SessionOptions()

@@ -188,7 +188,7 @@ def faces_of(path: Path, detector: LandmarkDetector, *, least: float, most: floa
             face = _cut(number, image, box, landmarks)
             if face is None or not least <= box[3] - box[1] <= most:
                 continue
-            same = next((i for i, kept in enumerate(places) if _overlap(kept.box, box) > _SAME), None)
+            same = next((i for i, kept in enumerate(places) if overlap(kept.box, box) > _SAME), None)
             if same is None:
                 places.append(face)
             elif face.sharpness > places[same].sharpness:
@@ -229,7 +229,7 @@ def _cut(number: int, image: np.ndarray, box: np.ndarray, landmarks: np.ndarray)
     return MinedFace(number, box, landmarks, corner, image[y : y + side, x : x + side].copy())
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Return the intersection over union of two boxes."""
     inner = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
     return float(inner / ((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - inner))

@@ -255,7 +255,7 @@ def load_trials(face_set: FaceSet, seed: int) -> Trials:
     chosen = [
         pair
         for same, limit in (("1", face_set.mates), ("0", face_set.others))
-        for pair in _evenly(
+        for pair in evenly(
             [line for line in lines if line[2] == same], lambda line: stored[line[0]].identity, limit, seed
         )
     ]
@@ -354,7 +354,7 @@ def clean_faces(clean: CleanSet, seed: int) -> list[Face]:
     ]
     if not faces:
         raise ValueError(f"{clean.truths} holds no square crop of {least} px")
-    return _evenly(faces, lambda face: face.identity, clean.faces, seed)
+    return evenly(faces, lambda face: face.identity, clean.faces, seed)
 
 
 def verdict(restorer: str, cells: Sequence[Cell]) -> list[str]:
@@ -608,7 +608,7 @@ def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
     return np.array(Image.open(coded))[..., ::-1].copy()
 
 
-def _evenly(items: Sequence[T], person: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
+def evenly(items: Sequence[T], person: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
     """Draw `limit` of the items in an order of the seed's, every person once before any twice."""
     taken: dict[str, int] = {}
     rounds: list[tuple[int, int, int]] = []

@@ -128,22 +128,26 @@ class ScganRunConfig(RunConfig):
     """LPIPS as ONNX, to validate by, never to learn from. It wants sides of 64 px and more."""
 
 
+def make_branches(config: ScganRunConfig) -> ScganBranches:
+    """Return the run's untrained R_LS, D_HL and D_SL. Raises TrainError where they cannot be."""
+    described = make_network(config).config
+    for side in config.sides:
+        if side % 16:
+            raise TrainError(f"sides: {side} is no multiple of 16")
+        if described.noise == "fc" and side != described.side:
+            raise TrainError(f"sides: {side}, but with noise fc this network degrades faces of {described.side} px")
+    try:
+        return ScganBranches(described, share=config.share, cycles=config.cycles)
+    except ValueError as exc:
+        raise TrainError(str(exc)) from None
+
+
 class ScganTraining(Task):
     """R_LS learns together with D_HL and D_SL (`degraders`) and the discriminators L1, H1, L2 and H2."""
 
     def __init__(self, config: ScganRunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        described = make_network(config).config
-        for side in config.sides:
-            if side % 16:
-                raise TrainError(f"sides: {side} is no multiple of 16")
-            if described.noise == "fc" and side != described.side:
-                raise TrainError(f"sides: {side}, but with noise fc this network degrades faces of {described.side} px")
-        try:
-            self.branches = ScganBranches(described, share=config.share, cycles=config.cycles)
-        except ValueError as exc:
-            raise TrainError(str(exc)) from None
-        self.branches.to(device, memory_format=torch.channels_last)
+        self.branches = make_branches(config).to(device, memory_format=torch.channels_last)
         self.discriminators = make_discriminators(
             config.losses,
             cycles=config.cycles,
@@ -343,7 +347,7 @@ def load_low(source: Path) -> list[np.ndarray]:
     Raises FileNotFoundError, or ValueError for what is no picture or may judge restorers only.
     """
     images = []
-    for name, content in _contents(source):
+    for name, content in archive_contents(source):
         if part := judging(PurePath(name)):
             raise ValueError(
                 f"{source} holds {part}, which is kept to judge restorers by: name the folders in it that are not, "
@@ -358,7 +362,7 @@ def load_low(source: Path) -> list[np.ndarray]:
     return images
 
 
-def _contents(source: Path) -> Iterator[tuple[str, bytes]]:
+def archive_contents(source: Path) -> Iterator[tuple[str, bytes]]:
     if source.is_dir():
         for path in sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
             yield str(path.relative_to(source)), path.read_bytes()

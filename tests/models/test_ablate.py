@@ -10,17 +10,19 @@ import shutil  # noqa: E402
 import sys  # noqa: E402
 import tarfile  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any, get_args  # noqa: E402
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
-import onnx  # noqa: E402
 import yaml  # noqa: E402
-from onnx import TensorProto, helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
+from training import save_onnx  # noqa: E402
 
 from models.ablate import AblateConfig, ablate, compare, main  # noqa: E402
 from models.batches import Batches  # noqa: E402
 from models.checkpoint import load_checkpoint  # noqa: E402
+from models.gfrnet import VARIANTS  # noqa: E402
 from models.judges import bicubic, psnr  # noqa: E402
 from models.protocols import (  # noqa: E402
     PAPER_SGEN_PSNR,
@@ -30,6 +32,7 @@ from models.protocols import (  # noqa: E402
     protocol_faces,
     sgen_pair,
 )
+from models.scgan import Share  # noqa: E402
 from models.settings import read_settings  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +42,18 @@ PEOPLE = {"a": 2, "b": 1, "c": 1}  # faces of each
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: `train` with crops of one face, and `truths.tar` with other crops under the names of three people."""
+    """A folder: `train` with crops of one face, `people` with those of two people, and `truths.tar` with other crops
+    under the names of three people, two of which are the pairs of `pairs.txt`."""
     folder = tmp_path_factory.mktemp("faces")
     (folder / "train").mkdir()
     whole = np.ascontiguousarray(astronaut()[..., ::-1])
     for index, side in enumerate((220, 240, 256)):
         cv2.imwrite(str(folder / f"train/{index}.png"), cv2.resize(whole[0:224, 112:336], (side, side)))
+    for index, name in enumerate(("one/0", "one/1", "two/0", "two/1")):
+        (folder / "people" / name).parent.mkdir(parents=True, exist_ok=True)
+        own = cv2.resize(whole[0:224, 112:336], (160, 160)) // (1 + index % 2)
+        cv2.imwrite(str(folder / f"people/{name}.png"), own[..., ::-1] if index > 1 else own)
+    (folder / "pairs.txt").write_text("a/0.png a/1.png\na/1.png a/0.png\n")
     files = [(f"{person}/{i}.png", person) for person, count in PEOPLE.items() for i in range(count)]
     places = dict.fromkeys(f"{point}_{axis}" for point in ("le", "re", "nose", "lm", "rm") for axis in "xy")
     box = {"face_x1": 48, "face_y1": 48, "face_x2": 208, "face_y2": 208}
@@ -62,6 +71,17 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def distance(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mean difference of two images as ONNX, in the place of LPIPS."""
+    nodes = [
+        helper.make_node("Sub", ["a", "b"], ["less"]),
+        helper.make_node("Abs", ["less"], ["error"]),
+        helper.make_node("ReduceMean", ["error"], ["out"], keepdims=0),
+    ]
+    return save_onnx(tmp_path_factory.mktemp("distance") / "distance.onnx", nodes, inputs=("a", "b"))
+
+
 def write(path: Path, faces: Path, base: dict[str, object] | None = None, **changes: object) -> Path:
     """A YAML of two variants, two seeds and two steps, changed; runs and report lie beside it."""
     run = {
@@ -77,6 +97,31 @@ def write(path: Path, faces: Path, base: dict[str, object] | None = None, **chan
         },
         "claims": [["gated", "maximum"]], "seeds": [0, 1], "truths": str(faces / "truths.tar"), "sizes": [128],
         "runs": "runs", "report": "report.md", **changes,
+    }  # fmt: skip
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    return path
+
+
+OTHERS = {
+    "gfrnet": {"override": {"base": 4, "cap": 8, "depth": 2}, "side": 48, "warp_share": 0, "surveillance_share": 0},
+    "scgan": {
+        "override": {"width": 8, "blocks": 1, "late": 1, "base": 4}, "sides": {32: 1}, "degraded_share": 1,
+        "discriminator_width": 4,
+    },
+}  # fmt: skip
+
+
+def write_other(path: Path, faces: Path, network: str, base: dict[str, object] | None = None, **changes: Any) -> Path:
+    """A YAML of two steps of another kind of training with one seed, changed."""
+    people = str(faces / "people")
+    run = {
+        "network": network, "preset": "small", "data": [people], "validation": people, "steps": 2, "batch": 2,
+        **OTHERS[network], **(base or {}),
+    }  # fmt: skip
+    pairs = {"pairs": str(faces / "pairs.txt")} if network == "gfrnet" else {}
+    settings = {
+        "title": "Tiny", "paper": "Table 0.", "smaller": "everything.", "base": run, "seeds": [0],
+        "truths": str(faces / "truths.tar"), "runs": "runs", "report": "report.md", **pairs, **changes,
     }  # fmt: skip
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     return path
@@ -257,20 +302,8 @@ def test_a_network_that_has_learnt_nothing_scores_as_cubic_does_as_mean_over_siz
 
 
 def test_sisn_is_judged_at_its_protocol_beside_rivals_that_get_the_enlarged_face_and_lpips_counts_the_other_way(
-    faces, tmp_path
+    faces, distance, tmp_path
 ):
-    graph = helper.make_graph(
-        [
-            helper.make_node("Sub", ["a", "b"], ["less"]),
-            helper.make_node("Abs", ["less"], ["error"]),
-            helper.make_node("ReduceMean", ["error"], ["out"], keepdims=0),
-        ],
-        "distance",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, "h", "w"]) for name in "ab"],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    onnx.save(model, str(tmp_path / "distance.onnx"))
     tiny = {"groups": 1, "blocks": 1, "width": 8}
     path = write(
         tmp_path / "tiny.yaml", faces,
@@ -281,7 +314,7 @@ def test_sisn_is_judged_at_its_protocol_beside_rivals_that_get_the_enlarged_face
             "U-Net": {"network": "unet", "override": {"width": 2, "depth": 1}},
             "broken": {"network": "srcnn", "override": {"width": 4, "residual": False}},
         },
-        claims=[["SISN", "without detail"], ["SISN", "broken"]], seeds=[0], lpips="distance.onnx",
+        claims=[["SISN", "without detail"], ["SISN", "broken"]], seeds=[0], lpips=str(distance),
     )  # fmt: skip
 
     report = ablate(read_settings(AblateConfig, path), command="the command")
@@ -295,6 +328,82 @@ def test_sisn_is_judged_at_its_protocol_beside_rivals_that_get_the_enlarged_face
     by_lpips = {row[0]: row for row in over if row[1] == "LPIPS"}
     assert by_lpips["| SISN over without detail"][2] == "+0.1000"
     assert by_lpips["| SISN over broken"][-1] == "**holds** |" and by_lpips["| SISN over broken"][3].startswith("+")
+
+
+# GFRNet and SCGAN
+
+
+@pytest.mark.parametrize("network", ["gfrnet", "scgan"])
+def test_a_restorer_of_another_kind_that_has_learnt_nothing_scores_as_the_enlarged_face_does(
+    faces, distance, tmp_path, network
+):
+    path = write_other(
+        tmp_path / "tiny.yaml", faces, network, {"learning_rate": 1e-12}, variants={"same": {}}, lpips=str(distance)
+    )
+
+    report = ablate(read_settings(AblateConfig, path), command="the command")
+
+    before, after = cells(report, "not restored, enlarged")[4:], cells(report, "same")[4:]
+    titles = next(line.split(" | ")[5:] for line in report.splitlines() if line.startswith("| variant"))
+    titles[-1] = titles[-1].removesuffix(" |")
+    less = ", less is better"
+    assert (
+        titles
+        == {
+            "gfrnet": ["PSNR ×4", "SSIM ×4", f"LPIPS ×4{less}", "PSNR ×8", "SSIM ×8", f"LPIPS ×8{less}"],
+            "scgan": [f"LPIPS{less}", "PSNR", "SSIM"],
+        }[network]
+    )
+    for title, *figures in zip(titles, before, after, strict=True):
+        first, second = (float(figure.removesuffix(" |")) for figure in figures)
+        # SCGAN adds to PyTorch's cubic, which is a little sharper than Pillow's
+        assert first == pytest.approx(second, abs=0.5 if title.startswith("PSNR") and network == "scgan" else 0.02)
+    if network == "gfrnet":
+        assert float(before[0]) > float(before[3])  # what was shrunk 8 times is further off
+    assert float(cells(report, "same")[3]) > 0  # seconds a step
+
+
+def test_r_is_judged_on_fulls_weights_with_strangers_guides_and_is_not_trained(faces, tmp_path, capsys):
+    learned = {"learning_rate": 0.05, "ema": 0}
+    variants = {"Full": {}, "-WG": {"variant": "-WG"}, "R": {"variant": "R"}}
+    path = write_other(tmp_path / "tiny.yaml", faces, "gfrnet", learned, variants=variants, claims=[["Full", "R"]])
+
+    report = ablate(read_settings(AblateConfig, path), command="the command")
+
+    assert sorted(file.parent.relative_to(tmp_path / "runs") for file in tmp_path.glob("runs/*/*/last.pt")) == [
+        Path("Full/seed0"), Path("_-WG/seed0"),
+    ]  # fmt: skip
+    full, strangers = (
+        json.loads((tmp_path / f"runs/Full/seed0/{file}").read_text())["run"]["scores"]
+        for file in ("scores.json", "scores-R.json")
+    )
+    assert (
+        full.keys() == strangers.keys() == {f"{measure} ×{scale}" for measure in ("PSNR", "SSIM") for scale in (4, 8)}
+    )
+    assert len(full["PSNR ×4"]) == 2 and full["PSNR ×4"] != strangers["PSNR ×4"]
+    assert cells(report, "Full")[1] == cells(report, "R")[1] != cells(report, "-WG")[1]
+    assert sum(line.startswith("| Full over R") for line in report.splitlines()) == 4
+    capsys.readouterr()
+
+    assert ablate(read_settings(AblateConfig, path), command="the command") == report
+    assert capsys.readouterr().out.count("nothing to do") == 3
+
+
+def test_a_variant_whose_name_begins_with_a_hyphen_is_none_of_the_commands_options(faces, tmp_path, monkeypatch):
+    variants = {
+        "SCGAN": {}, "-D_SL": {"cycles": "forward"}, "-AL": {"losses": dict.fromkeys(("l1", "h1", "l2", "h2"), False)},
+        "-fc": {"share": "all"},
+    }  # fmt: skip
+    path = write_other(tmp_path / "tiny.yaml", faces, "scgan", {"losses": {"gamma": 0.1}}, variants=variants)
+
+    run_main(monkeypatch, path, "--only", "-D_SL", "--only", "-AL", "--seeds", 1)
+
+    assert sorted(folder.name for folder in (tmp_path / "runs").iterdir()) == ["_-AL", "_-D_SL"]
+    states = {name: load_checkpoint(tmp_path / f"runs/_{name}/seed0/last.pt") for name in ("-AL", "-D_SL")}
+    assert states["-D_SL"]["others"].keys() == {"degraders", "L1", "H1"}
+    assert states["-AL"]["others"].keys() == {"degraders"}
+    assert states["-AL"]["config"]["losses"]["gamma"] == 0.1
+    assert "Not run yet: SCGAN seed 0, -fc seed 0." in (tmp_path / "report.md").read_text()
 
 
 # Claims
@@ -342,13 +451,18 @@ def test_many_photographs_of_one_person_are_one_person():
     ("base", "changes", "told"),
     [
         ({}, {"claims": [["gated", "mean"]]}, "claims: no variant is called mean"),
-        ({}, {"variants": {"a": {"network": "vgg"}}, "claims": []}, "variants.a: network 'vgg' is unknown"),
-        ({}, {"variants": {"a": {"preset": "huge"}}, "claims": []}, "variants.a: sgen has no preset 'huge'"),
+        ({}, {"variants": {"a": {"network": "vgg"}}, "claims": []}, "variants.a: network: 'vgg' is unknown"),
+        ({}, {"variants": {"a": {"preset": "huge"}}, "claims": []}, "variants.a: preset: sgen has no 'huge'"),
         ({}, {"variants": {"a": {"override": {"m": 1}}}, "claims": []}, "variants.a: .*unexpected keyword"),
         ({}, {"variants": {"a/b": {}}, "claims": []}, "variants.a/b"),
         ({}, {"sizes": [130]}, "sizes.0"),
         ({}, {"typo": 1}, "typo: Extra inputs"),
         ({"seed": 1, "minutes": 5}, {}, "minutes, seed: set by the ablation"),
+        ({}, {"variants": {"a": {"share": "all"}}, "claims": []}, "variants.a: share: Extra inputs"),
+        ({}, {"variants": {"a": {"network": "scgan"}}, "claims": []}, "'scgan' is not trained as 'sgen'"),
+        ({}, {"variants": {"a": {"paper": {"FID": 9}}}, "claims": []}, "variants.a.paper: FID is not measured here"),
+        ({}, {"variants": {"_a": {}}, "claims": []}, "variants._a"),
+        ({}, {"pairs": "pairs.txt"}, "pairs: GFRNet is judged by listed pairs"),
         ({"protocols": {"sgen": 1, "sisn": 1}}, {}, "base.protocols: give one alone"),
         ({"protocols": {"surveillance": 1}}, {}, "base.protocols: give one alone"),
         ({"network": "sisn", "override": {"scale": 8}}, {"variants": {"a": {}}, "claims": []}, "it enlarges 8 times"),
@@ -370,6 +484,30 @@ def test_a_mistake_is_one_line_with_its_place_and_exit_code_2(
     assert ended.value.code == 2
     assert said.count("\n") == 1 and re.search(told, said)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("network", "base", "changes", "told"),
+    [
+        ("gfrnet", {}, {"pairs": None}, "pairs: GFRNet is judged by listed pairs"),
+        ("gfrnet", {"side": 50}, {}, "variants.a: side: 50 is no multiple of"),
+        ("gfrnet", {}, {"variants": {"a": {"variant": "-X"}}}, "variants.a: variant: Input should be 'Full'"),
+        ("gfrnet", {"steps": 0}, {}, "base.steps"),
+        ("scgan", {"share": "body"}, {"variants": {"a": {"cycles": "forward"}}}, "variants.a: share body"),
+        ("scgan", {}, {"variants": {"a": {"losses": {"l3": False}}}}, "variants.a: losses.l3"),
+    ],
+)
+def test_a_mistake_in_another_kind_of_training_is_one_line_with_its_place_too(
+    faces, tmp_path, monkeypatch, capsys, network, base, changes, told
+):
+    path = write_other(tmp_path / "tiny.yaml", faces, network, base, **{"variants": {"a": {}}, **changes})
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, path)
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.count("\n") == 1 and re.search(told, said)
 
 
 @pytest.mark.parametrize("text", ["variants: [", "", "just words"])
@@ -402,11 +540,11 @@ def shipped() -> dict[str, AblateConfig]:
 
 
 def test_the_shipped_ablations_have_three_seeds_and_write_where_their_names_say(shipped):
-    assert len(shipped) == 5
+    assert len(shipped) == 11
     for name, config in shipped.items():
         assert len(config.seeds) == 3 and config.claims
         assert config.report == ROOT / f"docs/results/ablation-{name}.md"
-        assert config.runs == ROOT / f"runs/ablate/{name}"
+        assert config.runs == (ROOT / "runs").resolve() / f"ablate/{name}"
         assert config.truths.name == "faces_test.tar" not in [path.name for path in config.base.data]
 
 
@@ -426,3 +564,16 @@ def test_nothing_is_claimed_that_the_papers_own_figures_deny(shipped):
             better, worse = (config.variants[name].paper for name in pair)
             for measure in better.keys() & worse.keys():
                 assert (better[measure] < worse[measure]) == (measure == "LPIPS"), (pair, measure)
+
+
+def test_the_shipped_ablations_of_gfrnet_and_scgan_are_all_rows_of_their_tables(shipped):
+    def runs(name: str) -> list[Any]:
+        return [shipped[name].run(variant, 0) for variant in shipped[name].variants]
+
+    assert [run.variant for run in runs("gfrnet-all")] == [*VARIANTS] == [*shipped["gfrnet-all"].variants]
+    assert {run.share for run in runs("scgan-sharing")} == {*get_args(Share)}
+    assert [run.cycles for run in runs("scgan-branches")] == ["both", "forward", "backward"]
+    assert len({run.losses.adversarial for run in runs("scgan-adversarial")}) == 16
+    assert [(bool(run.losses.adversarial), run.losses.pixel, run.losses.cycle) for run in runs("scgan-losses")] == [
+        (True, True, True), (False, True, True), (True, False, True), (True, True, False), (True, True, True),
+    ]  # fmt: skip

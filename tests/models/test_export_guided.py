@@ -66,7 +66,7 @@ def state(network: Gfrnet) -> dict[str, object]:
 def test_the_exported_network_restores_and_shows_its_guide_as_torch_does(exported, name):
     path, network = exported(CONFIGS[name])
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    sizes = [(SIDE, SIDE)] if network.config.design == "paper" else [(SIDE, SIDE), (32, 72)]
+    sizes = [(SIDE, SIDE)] if network.config.design == "paper" else [(SIDE, SIDE), (32, 80)]
 
     for n, (height, width) in [(n, size) for n in (1, 3) for size in sizes]:
         image, guide = (pictures(n, height, width, seed=seed) for seed in (0, 1))

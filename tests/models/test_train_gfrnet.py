@@ -361,7 +361,7 @@ def test_two_processes_train_one_network_through_all_stages(labelled, tmp_path):
         ({"protocols": {"sgen": 1}}, "protocols: Extra inputs"),
         ({"preset": "huge"}, "preset: gfrnet has no 'huge'; it has paper"),
         ({"override": {"blocks": 0}}, "override: the modern design wants blocks"),
-        ({"side": 50}, "side: 50 is no multiple of 8"),
+        ({"side": 50}, "side: 50 is no multiple of 16"),
         ({"pairs": "nowhere.txt"}, "pairs: "),
         ({"pairs": "strange.txt"}, "line 1: faces/a/9.png is none of the faces"),
         ({"likeness": "nowhere.onnx"}, "likeness: "),
