@@ -8,6 +8,7 @@ from pathlib import Path  # noqa: E402
 import onnxruntime  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
+from training import Together  # noqa: E402
 
 from models import sgen, sisn  # noqa: E402
 from models.checkpoint import build, describe, load_checkpoint, save_checkpoint  # noqa: E402
@@ -172,18 +173,6 @@ def test_every_variant_trains_and_comes_back_from_its_checkpoint(variant, tmp_pa
     assert again.config == config
     with torch.no_grad():
         assert torch.equal(again.eval()(low), network.eval()(low))
-
-
-class Together(nn.Module):
-    """Several networks as one, so that torch's exporter, which takes seconds, begins but once."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.config = max((network.config for network in networks), key=lambda config: config.multiple)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return torch.cat([network(image).flatten(1) for network in self.networks], dim=1)
 
 
 SHALLOW = replace(SMALL, groups=1, blocks=1)

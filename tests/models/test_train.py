@@ -3,14 +3,12 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra train is not installed")
 
 import csv  # noqa: E402
-import io  # noqa: E402
 import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-import tarfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import cv2  # noqa: E402
@@ -19,7 +17,7 @@ import onnxruntime  # noqa: E402
 import yaml  # noqa: E402
 from onnx import helper  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
-from training import equal, killed_before, save_onnx  # noqa: E402
+from training import equal, killed_before, save_onnx, write_faces  # noqa: E402
 
 from engines.card import NetworkCard  # noqa: E402
 from models import export as exporter  # noqa: E402
@@ -68,17 +66,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of faces whose landmarks are known, with two networks that judge them: `embedder.onnx`, `lpips.onnx`."""
     folder = tmp_path_factory.mktemp("labelled")
     face = cv2.resize(astronaut()[0:224, 112:336, ::-1], (256, 256), interpolation=cv2.INTER_CUBIC)
-    points = "97,105,151,103,126,133,106,164,148,162"
-    names = [f"{part}_{axis}" for part in ("le", "re", "nose", "lm", "rm") for axis in "xy"]
-    lines = [",".join(["file", "identity", "face_x1", "face_y1", "face_x2", "face_y2", *names])]
-    with tarfile.open(folder / "faces.tar", "w") as tar:
-        for index, image in enumerate((face, face // 2 + 60, cv2.GaussianBlur(face, (0, 0), 1))):
-            content = cv2.imencode(".png", image)[1].tobytes()
-            member = tarfile.TarInfo(f"a/{index}.png")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-            lines.append(f"{member.name},a,60,50,190,210,{points}")
-    (folder / "faces.csv").write_text("\n".join(lines) + "\n")
+    photos = {"a/0": face, "a/1": face // 2 + 60, "a/2": cv2.GaussianBlur(face, (0, 0), 1)}
+    write_faces(folder / "faces.tar", photos, "60,50,190,210,97,105,151,103,126,133,106,164,148,162")
 
     node, step = helper.make_node, {"strides": [2, 2], "pads": [1, 1, 1, 1]}
     rng = np.random.default_rng(0)

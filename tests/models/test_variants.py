@@ -6,8 +6,6 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra train is not installed")
 
-import io  # noqa: E402
-import tarfile  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from itertools import product  # noqa: E402
@@ -15,12 +13,11 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import cv2  # noqa: E402
-import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from training import equal  # noqa: E402
+from training import Together, equal, write_faces  # noqa: E402
 
 from models.checkpoint import build, load_checkpoint  # noqa: E402
 from models.export import guided_to_onnx, to_onnx  # noqa: E402
@@ -115,17 +112,8 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tar of four faces of two people, 144 px, with their landmarks."""
     folder = tmp_path_factory.mktemp("faces")
     face = cv2.resize(astronaut()[0:224, 112:336, ::-1], (144, 144), interpolation=cv2.INTER_AREA)
-    names = [f"{part}_{axis}" for part in ("le", "re", "nose", "lm", "rm") for axis in "xy"]
-    lines = [",".join(["file", "identity", "face_x1", "face_y1", "face_x2", "face_y2", *names])]
     photos = {"a/0": face, "a/1": face // 2 + 60, "b/0": face[..., ::-1], "b/1": face[..., ::-1] // 2}
-    with tarfile.open(folder / "faces.tar", "w") as tar:
-        for name, image in photos.items():
-            content = cv2.imencode(".png", np.ascontiguousarray(image))[1].tobytes()
-            member = tarfile.TarInfo(f"{name}.png")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-            lines.append(f"{member.name},{name[0]},34,28,107,118,55,59,85,58,71,75,60,92,83,91")
-    (folder / "faces.csv").write_text("\n".join(lines) + "\n")
+    write_faces(folder / "faces.tar", photos, "34,28,107,118,55,59,85,58,71,75,60,92,83,91")
     return folder / "faces.tar"
 
 
@@ -220,18 +208,6 @@ def test_at_full_width_all_that_trains_in_scgan_is_what_the_specification_counts
 
 
 # As ONNX
-
-
-class Together(nn.Module):
-    """Several networks as one, so that torch's exporter, which takes seconds, begins but once."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.config: Any = max((network.config for network in networks), key=lambda config: config.multiple)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return torch.cat([network(image).flatten(1) for network in self.networks], dim=1)
 
 
 # Those whose restorers differ as graphs: losses, sharing and branches change none.
