@@ -119,12 +119,12 @@ def evaluate_guided(config: GuidedEvaluateConfig, *, command: str, unshown: Path
     subsets, age_said = _subsets(config, trials)
     real = {contest.scale: contest for contest in contests if contest.real}
     lines = [
-        *report_head(config, network, trials, age_said, command),
+        *_head(config, network, trials, age_said, command),
         *_aims(real, trials, judges.names),
         *_paper_lines(real, network.name, [*variants]),
         *(line for contest in contests for line in _contest_lines(contest, trials, subsets if contest.real else {})),
         *_pull_lines(real, trials, judges),
-        *write_sheets(config, unshown, trials, real[_SHEET_SCALE], drawing),
+        *_write_sheets(config, unshown, trials, real[_SHEET_SCALE], drawing),
     ]
     report = "\n".join(lines)
     config.report.parent.mkdir(parents=True, exist_ok=True)
@@ -409,7 +409,7 @@ def _through(restorer: Restorer, inputs: list[np.ndarray], guides: list[np.ndarr
 # The report
 
 
-def report_head(
+def _head(
     config: GuidedEvaluateConfig, network: GuidedRestorer, trials: list[Trial], age_said: str, command: str
 ) -> list[str]:
     people = {trial.truth.identity for trial in trials}
@@ -585,7 +585,7 @@ def sheet_places(gains: np.ndarray) -> np.ndarray:
     return order if len(order) <= 2 * _SHEET_HALF else np.concatenate([order[:_SHEET_HALF], order[-_SHEET_HALF:]])
 
 
-def write_sheets(
+def _write_sheets(
     config: GuidedEvaluateConfig, unshown: Path, trials: list[Trial], contest: Contest, drawing: Restorer
 ) -> list[str]:
     """Write the sheets, a row for each pair; return what the report says of the one that may be shown."""

@@ -111,6 +111,12 @@ def test_the_wheel_holds_nothing_but_the_packages_and_its_licence(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 
+def test_no_network_ships_without_its_model_card_and_no_card_without_its_network():
+    weights = ROOT / "models/weights"
+
+    assert {path.stem for path in weights.glob("*.md")} == {path.stem for path in weights.glob("*.onnx")} != set()
+
+
 # What a machine lacks.
 
 
