@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import cv2
@@ -18,7 +19,10 @@ from models.degradation import SGEN_SIZES, Damage, Generators, Shares, stored
 from models.losses import Judges
 
 T = TypeVar("T")
-Protocol = Literal["sgen", "sisn", "surveillance"]
+Protocol = Literal["sgen", "sisn", "surveillance", "untouched"]
+
+REAL: frozenset[Protocol] = frozenset({"surveillance", "untouched"})
+"""What a product meets; the others are papers'."""
 
 _MILD: dict[str, Any] = {"blur": 0.5, "noise": 10.0, "quality": 60}
 _CODED: dict[str, Any] = {"noise": 6.0, "grey": True, "crf": 28}
@@ -29,7 +33,8 @@ class Diet:
     """What batches are made of."""
 
     protocols: dict[Protocol, float]
-    """Share of each: SGEN's (÷4, six sizes, noise), SISN's (windows of ÷scale, no noise), what cameras give."""
+    """Share of each: SGEN's (÷4, six sizes, noise), SISN's (windows of ÷scale, no noise), what cameras give;
+    untouched: the same faces, only shrunk."""
     scales: dict[int, float]
     """How often the surveillance faces are so many times smaller than the result."""
     sides: dict[int, float]
@@ -63,6 +68,11 @@ class Batch:
         """Return images of a result's size, or larger, at the size of `clean`."""
         return images[..., : self.clean.shape[2], : self.clean.shape[3]]
 
+    @property
+    def person(self) -> Tensor:
+        """Whose likeness the result should keep: the clean face's; that of the crop itself where nothing harmed it."""
+        return self.cut_back(self.low) if self.protocol == "untouched" else self.clean
+
 
 class Batches:
     """Batch `step` is a function of seed, rank and step, whatever came before."""
@@ -95,7 +105,7 @@ class Batches:
         rng = np.random.default_rng([*self.seed, step])
         draws = degradation.generators(*self.seed, step, device=self.faces.device)
         protocol = _pick(rng, self.diet.protocols)
-        make = {"sgen": self._sgen, "sisn": self._sisn, "surveillance": self._surveillance}[protocol]
+        make = {"sgen": self._sgen, "sisn": self._sisn}.get(protocol) or partial(self._surveillance, protocol)
         low, clean = make(rng, draws)
         return Batch(_centred(self._given(low, clean)), _centred(clean.images), clean.landmarks, protocol)
 
@@ -113,10 +123,11 @@ class Batches:
         clean = self._varied(rng, self.faces.patches(rng, self.batch, self.diet.patch * scale))
         return degradation.sisn(clean.images, scale=scale), clean
 
-    def _surveillance(self, rng: np.random.Generator, draws: Generators) -> tuple[Tensor, Clean]:
+    def _surveillance(self, protocol: Protocol, rng: np.random.Generator, draws: Generators) -> tuple[Tensor, Clean]:
         factor = self.scale or _pick(rng, self.diet.scales)
         clean = self._varied(rng, self.faces.crops(rng, self.batch, _pick(rng, self.diet.sides)))
-        damage = degradation.draw_damage(self.batch, draws, self.diet.damage)
+        untouched = protocol == "untouched"
+        damage = Damage.same(self.batch) if untouched else degradation.draw_damage(self.batch, draws, self.diet.damage)
         low = degradation.surveillance(clean.images, damage, draws, factor=factor)
         # a face in low light stays in it: a restorer mends what the camera did, not what it saw
         dark = stored(degradation.low_light(clean.images, damage.gain, damage.gamma))
@@ -180,17 +191,19 @@ class Validation:
             else:
                 for factor in factors:
                     side, how = (192, _CODED) if factor == 2 else (160, _MILD)
+                    untouched = protocol == "untouched"
                     clean = faces.crops(rng, count, side, vary=False)
-                    damage = Damage.same(count, **how)
+                    damage = Damage.same(count, **({} if untouched else how))
                     low = degradation.surveillance(clean.images, damage, draws, factor=factor)
-                    add(f"x{factor}", protocol, clean, low)
+                    add(f"{protocol}{factor}" if untouched else f"x{factor}", protocol, clean, low)
 
     @torch.inference_mode()
     def score(self, network: torch.nn.Module) -> tuple[dict[str, float], np.ndarray]:
-        """Return the gain in dB over the input, enlarged by cubic, by set, and a picture: input, restored, truth.
+        """Return the gain in dB over the input, enlarged by cubic, by set of faces that were harmed, and a picture of
+        input, restored and truth.
 
-        With a face embedder a set also has `NAME.identity`, its gain in cosine to the clean face; where LPIPS is
-        trained for, surveillance sets have `NAME.lpips`, its change, less is better.
+        With a face embedder a set also has `NAME.identity`, its gain in cosine to the person (`Batch.person`); where
+        LPIPS is trained for, sets of the product's kind have `NAME.lpips`, its change, less is better.
         """
         scores, rows = {}, []
         for name, batch in self.sets.items():
@@ -199,11 +212,13 @@ class Validation:
             before = batch.cut_back(batch.low)
             if before.shape != batch.clean.shape:
                 before = degradation.resize(before, (width, height), "cubic").clamp(-1, 1)
-            scores[name] = float((psnr(restored, batch.clean) - psnr(before, batch.clean)).mean())
+            if batch.protocol != "untouched":  # there the input may be the truth itself
+                scores[name] = float((psnr(restored, batch.clean) - psnr(before, batch.clean)).mean())
             if self.likeness is not None and torch.isfinite(batch.landmarks).all():
-                found = [self.likeness(images, batch.clean, batch.landmarks)[0].mean() for images in (restored, before)]
+                person = before if batch.protocol == "untouched" else batch.clean
+                found = [self.likeness(images, person, batch.landmarks)[0].mean() for images in (restored, before)]
                 scores[f"{name}.identity"] = float(found[0] - found[1])
-            if self.perceptual is not None and batch.protocol == "surveillance":
+            if self.perceptual is not None and batch.protocol in REAL:
                 far = [self.perceptual(images, batch.clean).mean() for images in (restored, before)]
                 scores[f"{name}.lpips"] = float(far[0] - far[1])
             rows.append(_row([before, restored, batch.clean]))

@@ -6,7 +6,7 @@ adds what a frozen face embedder sees of the restored and of the clean face, at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,53 @@ class FaceLikeness(nn.Module):
         self.beneath = steps[1:3]  # the features that the second and the third step to a coarser grid begin with
         self.register_buffer("template", torch.tensor(RETAIL_TEMPLATE) * self.side)
 
-    def forward(self, restored: Tensor, clean: Tensor, landmarks: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        restored: Tensor,
+        clean: Tensor,
+        landmarks: Tensor,
+        *,
+        raw: Tensor | None = None,
+        disguise: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return (cosine, distance) of each face, (n,) both: of the embeddings; and of the features beneath, the mean
         absolute difference in parts of the clean face's mean absolute feature.
 
-        Images are (n, 3, H, W) RGB in [-1, 1], landmarks (n, 5, 2) in their pixels. No gradient flows to `clean`.
+        Images are (n, 3, H, W) RGB in [-1, 1], landmarks (n, 5, 2) in the restored ones' pixels; `clean` and `raw` show
+        the same at any size, and no gradient flows to them. With `raw`, the faces before they were restored, the cosine
+        is the mean of two: of the restored face's embedding, and of the unit mean of that and the raw face's.
+        `disguise` is what `disguised` drew.
         """
-        matrices = self.placed(landmarks)
+
+        def seen(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+            scale = images.shape[-1] / restored.shape[-1]
+            return self._seen(images, self.placed((landmarks + 0.5) * scale - 0.5), disguise)
+
         with torch.no_grad():
-            truth, beneath = self._seen(clean, matrices)
-        found, features = self._seen(restored, matrices)
+            truth, beneath = seen(clean)
+        found, features = seen(restored)
         distances = [
             (a - b).abs().mean(dim=(1, 2, 3)) / b.abs().mean(dim=(1, 2, 3))
             for a, b in zip(features, beneath, strict=True)
         ]
-        return F.cosine_similarity(found, truth), torch.stack(distances).mean(dim=0)
+        cosine = F.cosine_similarity(found, truth)
+        if raw is not None:
+            with torch.no_grad():
+                before, _ = seen(raw)
+            fused = F.normalize(before, dim=1) + F.normalize(found, dim=1)
+            cosine = (cosine + F.cosine_similarity(fused, truth)) / 2
+        return cosine, torch.stack(distances).mean(dim=0)
+
+    def disguised(self, draws: np.random.Generator, spread: float) -> dict[str, Tensor]:
+        """Draw a factor around 1, of standard deviation `spread`, for each channel of each convolution.
+
+        A network so disguised still recognises, in a way of its own: what pleases all disguises pleases others, too
+        ("ghost networks": Li et al., AAAI 2020, who attack recognisers that they do not know).
+        """
+        return {
+            name: torch.from_numpy(draws.normal(1, spread, (channels, 1, 1)).astype(np.float32)).to(self.template)
+            for name, channels in self.embedder.channels.items()
+        }
 
     def placed(self, landmarks: Tensor) -> Tensor:
         """Return the similarity (n, 2, 3) from pixels of the template to pixels of each image."""
@@ -91,10 +123,12 @@ class FaceLikeness(nn.Module):
         turn = torch.stack([torch.stack([a, -b], dim=1), torch.stack([b, a], dim=1)], dim=1)
         return torch.cat([turn, (centre - turn @ middle)[..., None]], dim=2)
 
-    def _seen(self, image: Tensor, matrices: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _seen(
+        self, image: Tensor, matrices: Tensor, disguise: Mapping[str, Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
         aligned = cut_out(image, matrices, self.side, "bilinear")
         bgr = (aligned.flip(1) + 1) * 127.5
-        embedding, *features = self.embedder(bgr.clamp(0, 255), also=self.beneath)
+        embedding, *features = self.embedder(bgr.clamp(0, 255), also=self.beneath, factors=disguise)
         return embedding.flatten(1), features
 
 
@@ -149,12 +183,25 @@ class OnnxNetwork(nn.Module):
         for number, value in enumerate(constants.values()):
             self.register_buffer(f"constant{number}", torch.from_numpy(np.array(value)))
 
-    def forward(self, *images: Tensor, also: Sequence[str] = ()) -> list[Tensor]:
-        """Return the output, and the values in between that `also` names."""
+    @property
+    def channels(self) -> dict[str, int]:
+        """How many channels each convolution gives, by the name of its output."""
+        return {
+            output: self.get_buffer(f"constant{self.numbers[inputs[1]]}").shape[0]
+            for operator, inputs, output, _ in self.nodes
+            if operator == "Conv"
+        }
+
+    def forward(
+        self, *images: Tensor, also: Sequence[str] = (), factors: Mapping[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return the output, and the values in between that `also` names; those that `factors` names are multiplied."""
         values = dict(zip(self.inputs, images, strict=True))
         for operator, inputs, output, how in self.nodes:
             arguments = [values[i] if i in values else self.get_buffer(f"constant{self.numbers[i]}") for i in inputs]
             values[output] = _OPERATORS[operator](arguments, how)
+            if factors and output in factors:
+                values[output] = values[output] * factors[output]
         return [values[name] for name in (self.output, *also)]
 
 

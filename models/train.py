@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 
-from models.batches import Batch, Batches, Diet, Protocol, Validation
+from models.batches import REAL, Batch, Batches, Diet, Protocol, Validation
 from models.dataset import Face, FaceTensors, load_faces
 from models.degradation import Shares
 from models.discriminators import SgenDiscriminator, SgenDiscriminatorConfig, discriminator_loss, generator_loss
@@ -52,8 +52,8 @@ class TrainConfig(RunConfig):
     }  # fmt: skip
 
     protocols: dict[Protocol, Share] = Field({"sgen": 0.4, "surveillance": 0.6}, min_length=1)
-    """Share of the batches at SGEN's protocol (÷4, six sizes, noise), at SISN's (windows, ÷scale, no noise), and of
-    what cameras give."""
+    """Share of the batches at SGEN's protocol (÷4, six sizes, noise), at SISN's (windows, ÷scale, no noise), of what
+    cameras give, and of untouched faces: only shrunk, and judged by the likeness to the crop itself."""
     enlarge: Literal["nearest", "cubic"] = "cubic"
     """How the low-resolution face is brought to the result's size before a network that does not enlarge by itself."""
     scales: dict[PositiveInt, Share] = Field({4: 0.4, 2: 0.35, 1: 0.25}, min_length=1)
@@ -84,6 +84,11 @@ class TrainConfig(RunConfig):
     jitter: float = Field(0.0, ge=0, le=0.2)
     """The landmarks that a face is aligned by for the embedder wander by so many distances between the eyes (standard
     deviation), for the restored and the clean face alike: what one place of the grid alone would see is not learned."""
+    disguise: float = Field(0.0, ge=0, le=0.5)
+    """In each step the embedder wears a disguise: each of its channels is multiplied by a factor of this standard
+    deviation around 1, drawn anew. What pleases it in every disguise pleases recognisers that never taught."""
+    fused: bool = False
+    """Whether half of the identity loss judges the unit mean of raw and restored embedding, on which decisions rest."""
     perceptual: RelativePath | None = None
     """LPIPS as ONNX, for surveillance batches too. A pixel loss alone draws what is smooth."""
     perceptual_weight: float = Field(8.0, ge=0)
@@ -193,7 +198,7 @@ class BlindRestoration(Task):
 
     def learn(self, network: nn.Module, step: int, config: RunConfig) -> dict[str, float]:
         present = self.judges if step >= self.config.pixel_share * config.steps else Judges(None, None)
-        loss, parts = self._loss(network, self._jittered(self.batches[step], step), present)
+        loss, parts = self._loss(network, self._jittered(self.batches[step], step), present, self._disguise(step))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
@@ -217,7 +222,15 @@ class BlindRestoration(Task):
         apart = (batch.landmarks[:, 0] - batch.landmarks[:, 1]).norm(dim=1)
         return replace(batch, landmarks=batch.landmarks + apart[:, None, None] * wandering)
 
-    def _loss(self, network: nn.Module, batch: Batch, judges: Judges) -> tuple[Tensor, dict[str, float]]:
+    def _disguise(self, step: int) -> dict[str, Tensor] | None:
+        if not self.config.disguise or self.judges.likeness is None:
+            return None
+        draws = np.random.default_rng([*self.batches.seed, step, 2])  # 2: neither the batch's draws nor the jitter's
+        return self.judges.likeness.disguised(draws, self.config.disguise)
+
+    def _loss(
+        self, network: nn.Module, batch: Batch, judges: Judges, disguise: dict[str, Tensor] | None
+    ) -> tuple[Tensor, dict[str, float]]:
         """Return what the step minimises, and its parts by name, for the log."""
         config, device = self.config, batch.clean.device
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
@@ -225,16 +238,19 @@ class BlindRestoration(Task):
         restored = restored.float()
         loss: Tensor = PIXEL_LOSSES[config.pixel](restored, batch.clean)
         parts = {"psnr": -float(PIXEL_LOSSES["psnr"](restored.detach(), batch.clean))}
-        if judges.likeness is not None and batch.protocol == "surveillance":
+        if judges.likeness is not None and batch.protocol in REAL:
             known = torch.isfinite(batch.landmarks).flatten(1).all(dim=1).nonzero().flatten()[: config.likeness_batch]
             if len(known):
-                cosine, distance = judges.likeness(restored[known], batch.clean[known], batch.landmarks[known])
+                cosine, distance = judges.likeness(
+                    restored[known], batch.person[known], batch.landmarks[known],
+                    raw=batch.cut_back(batch.low)[known] if config.fused else None, disguise=disguise,
+                )  # fmt: skip
                 share = len(known) / len(batch.clean)
                 loss = loss + share * (
                     config.identity_weight * (1 - cosine).mean() + config.feature_weight * distance.mean()
                 )
                 parts["cosine"] = float(cosine.detach().mean())
-        if judges.perceptual is not None and batch.protocol == "surveillance":
+        if judges.perceptual is not None and batch.protocol in REAL:
             distance = judges.perceptual(restored, batch.clean).mean()
             loss = loss + config.perceptual_weight * distance
             parts["lpips"] = float(distance.detach())

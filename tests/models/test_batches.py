@@ -126,6 +126,16 @@ def _spread(images: Tensor, side: int) -> float:
     return float((blocks.amax(dim=4) - blocks.amin(dim=4)).mean())
 
 
+def test_untouched_faces_are_only_shrunk_and_keep_the_crop_s_own_likeness(faces):
+    made = batches(faces, of("untouched", scales={1: 0.5, 4: 0.5}))
+    drawn = [made[step] for step in range(12)]
+
+    same = [torch.equal(batch.low, batch.clean) for batch in drawn]
+    assert 0 < sum(same) < 12
+    assert all(torch.equal(batch.person, batch.low) for batch in drawn)
+    assert all(psnr(batch.low, batch.clean).min() > 20 for batch in drawn)
+
+
 @pytest.mark.parametrize("scale", [2, 4, 8])
 def test_a_network_that_enlarges_is_given_surveillance_faces_at_its_own_scale(faces, scale):
     batch = batches(faces, of("surveillance", sides={64: 1, 128: 1}), scale=scale)[0]

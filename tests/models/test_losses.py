@@ -245,6 +245,42 @@ def test_a_step_against_the_gradient_makes_a_face_more_like_the_clean_one(tmp_pa
     assert likeness(better, clean, points)[1] < distance
 
 
+def test_the_clean_face_may_have_another_size_than_the_restored_one(tmp_path, astronaut_face):
+    likeness = FaceLikeness(tiny_embedder(tmp_path / "e.onnx"))
+    points, small = torch.tensor(POINTS[None], dtype=torch.float32), cv2.resize(astronaut_face, None, fx=0.5, fy=0.5)
+
+    near = likeness(tensor(astronaut_face), tensor(small), points)[1]
+    displaced = likeness(tensor(astronaut_face), tensor(np.roll(small, 8, axis=0)), points)[1]
+
+    assert near < 0.5 * displaced
+
+
+def test_the_unit_mean_with_the_raw_face_is_judged_where_the_raw_face_is_given(tmp_path, astronaut_face):
+    likeness = FaceLikeness(tiny_embedder(tmp_path / "e.onnx"))
+    clean, points = tensor(astronaut_face), torch.tensor(POINTS[None], dtype=torch.float32)
+    restored, raw = (tensor(cv2.GaussianBlur(astronaut_face, (0, 0), sigma)).requires_grad_() for sigma in (3, 9))
+
+    alone = likeness(restored, clean, points)[0]
+    with_itself = likeness(restored, clean, points, raw=restored)[0]
+    with_raw = likeness(restored, clean, points, raw=raw)[0]
+    with_raw.sum().backward()
+
+    assert with_itself.item() == pytest.approx(alone.item(), abs=1e-5)
+    assert with_raw < alone  # the raw face is less like the clean one
+    assert raw.grad is None and restored.grad.abs().sum() > 0
+
+
+def test_a_disguise_changes_what_is_seen_and_is_the_same_for_both_faces(tmp_path, astronaut_face):
+    likeness = FaceLikeness(tiny_embedder(tmp_path / "e.onnx"))
+    clean, points = tensor(astronaut_face), torch.tensor(POINTS[None], dtype=torch.float32)
+    blurred = tensor(cv2.GaussianBlur(astronaut_face, (0, 0), 3))
+    disguises = [likeness.disguised(np.random.default_rng(seed), 0.1) for seed in (0, 0, 1)]
+
+    assert likeness(clean, clean, points, disguise=disguises[0])[0].item() == pytest.approx(1, abs=1e-5)
+    seen = [likeness(blurred, clean, points, disguise=disguise)[1].item() for disguise in (*disguises, None)]
+    assert seen[0] == seen[1] and len(set(seen)) == 3
+
+
 @pytest.mark.parametrize(("scale", "angle", "shift"), [(1, 0, (0, 0)), (0.4, 25, (30, -4)), (2.5, -140, (-9, 200))])
 def test_the_template_is_placed_on_the_landmarks(tmp_path, scale, angle, shift):
     likeness = FaceLikeness(tiny_embedder(tmp_path / "e.onnx"))

@@ -393,6 +393,26 @@ def test_the_landmarks_that_the_embedder_aligns_by_may_wander_and_nothing_else_c
     assert not equal(ended["judged"], ended["wandering"])
 
 
+@pytest.mark.parametrize("way", [{"disguise": 0.1}, {"fused": True}], ids=["disguise", "fused"])
+def test_how_the_embedder_judges_changes_what_is_learned_only_where_it_judges(labelled, tmp_path, way):
+    ended = {}
+    for judge in ({}, {"likeness": labelled / "embedder.onnx"}):
+        for name, changes in (("as usual", {}), ("changed", way)):
+            out = tmp_path / f"{name}{len(judge)}"
+            train(config(labelled / "faces.tar", out, steps=2, **judge, **changes))
+            ended[name, len(judge)] = load_checkpoint(out / "last.pt")["weights"]
+
+    assert equal(ended["as usual", 0], ended["changed", 0])
+    assert not equal(ended["as usual", 1], ended["changed", 1])
+
+
+def test_untouched_faces_are_judged_by_the_crop_itself(labelled, tmp_path):
+    scores = train(judged(labelled, tmp_path, steps=1, protocols={"untouched": 1}))
+
+    assert scores.keys() == {"untouched4.identity", "untouched4.lpips"}
+    assert -1e-3 < scores["untouched4.identity"] <= 0  # hardly trained, it gives the crop back
+
+
 def test_nothing_judges_a_face_whose_landmarks_are_unknown(faces, labelled, tmp_path):
     scores = train(config(faces, tmp_path, steps=1, likeness=labelled / "embedder.onnx"))
 
