@@ -42,6 +42,33 @@ class TensorSpec(BaseModel):
     """A number, or the name of a free axis."""
 
 
+class Int8(BaseModel):
+    """How a network is quantised to 8 bits, and what that costs; there only where it costs next to nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    ranges: dict[str, tuple[float, float]]
+    """What the activations reach, [low, high], by the tensor that a convolution is given."""
+    skip: tuple[str, ...] = ()
+    """Convolutions that stay in float32: names of nodes, or of their first output where a node has none."""
+    faces: int | None = None
+    """Of a restorer: how many faces the next three were measured on."""
+    lost_db: float | None = None
+    """Of a restorer: PSNR against the truth, float32 less INT8, in dB."""
+    lost_identity: float | None = None
+    """Of a restorer: cosine to the truth's embedding, float32 less INT8."""
+    psnr: float | None = None
+    """Of a restorer: INT8 against float32, in dB."""
+    frames: int | None = None
+    """Of a detector: how many frames the next three were counted on."""
+    boxes: int | None = None
+    """Of a detector: faces that float32 finds at the card's threshold."""
+    lost_boxes: int | None = None
+    """Of a detector: those of them that INT8 does not find again with an IoU of 0.8 at `weak_threshold`."""
+    new_boxes: int | None = None
+    """Of a detector: faces that INT8 finds at the threshold where float32 has none at `weak_threshold`."""
+
+
 class NetworkCard(BaseModel):
     """What a network expects and gives. Outside everything is HWC uint8 BGR; `color`, `mean`, `std` apply inside."""
 
@@ -87,6 +114,8 @@ class NetworkCard(BaseModel):
     """Of a detector: least score of a face that begins a track."""
     weak_threshold: float | None = Field(None, gt=0, lt=1)
     """Of a detector: least score that keeps a track alive."""
+    int8: Int8 | None = None
+    """How it runs in 8 bits on a CPU; none: it loses too much, or nobody has measured it."""
     license: str
     """Of the weights."""
     trained_on: str = ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from engines.card import CardError, NetworkCard, card_for_family, file_sha256, known_cards, read_card
+from engines.card import CardError, Int8, NetworkCard, card_for_family, file_sha256, known_cards, read_card
 from engines.fetch import CENTERFACE
 
 MODELS = Path(__file__).parents[2] / "../shared/models"
@@ -155,3 +155,21 @@ def test_a_known_network_that_was_changed_is_not_known(tmp_path: Path) -> None:
 
     with pytest.raises(CardError, match="has no card"):
         read_card(tmp_path / "yunet_n_dynamic.onnx")
+
+
+def test_a_card_holds_the_ranges_of_int8_and_what_they_cost(
+    make_network: Callable[..., Path], card: NetworkCard
+) -> None:
+    record = Int8(ranges={"image": (-1, 1)}, skip=("result",), faces=60, lost_db=0.01, lost_identity=0.001, psnr=50.3)
+    stated = card.model_copy(update={"int8": record})
+
+    assert read_card(make_network(card=stated)).int8 == record
+
+
+def test_the_ranges_of_a_known_card_come_with_what_was_counted() -> None:
+    for known in known_cards().values():
+        if record := known.int8:
+            assert all(low <= 0 <= high for low, high in record.ranges.values())
+            if known.task == "detection":
+                assert record.boxes
+                assert record.lost_boxes == 0
