@@ -20,7 +20,7 @@ demo: $(VENV)/demo.stamp
 # Processes apart, as in the product: torch and OpenVINO in one crashed within a training (segmentation fault).
 test: $(VENV)/test.stamp
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests/models
-	$(RUN) -m pytest -q tests/engines
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n 2 --dist loadfile tests/engines
 	$(RUN) -m pytest -q --ignore=tests/models --ignore=tests/engines
 
 lint: $(VENV)/test.stamp
@@ -51,7 +51,7 @@ $(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@echo "Installing torch and the tools into $(VENV)"
-	$(PIP) install --quiet --editable '.[train,openvino,dev]'
+	$(PIP) install --quiet --editable '.[train,openvino,rtx,dev]'
 	@$(KEEP_CUDA_RUNTIME)
 	@touch $@
 

@@ -44,7 +44,8 @@ def third_parties(*packages: str) -> set[str]:
 
 
 def distributions_of(names: set[str]) -> set[str]:
-    homes = importlib.metadata.packages_distributions()
+    homes = dict(importlib.metadata.packages_distributions())
+    homes["cuda"] = ["cuda-python"]  # it has no files of its own and brings those that have
     return {home.lower().replace("_", "-") for name in names for home in homes.get(name, ())}
 
 

@@ -13,6 +13,7 @@ import onnxruntime  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from engines.card import read_card  # noqa: E402
+from engines.half import half  # noqa: E402
 from models import export as exporter  # noqa: E402
 from models.checkpoint import load_weights  # noqa: E402
 from models.export import export  # noqa: E402
@@ -133,3 +134,23 @@ def test_a_variant_without_a_guide_is_no_guided_restorer_and_that_is_one_line(tm
     assert (ended.value.code, said.count("\n")) == (2, 1)
     assert "looks at no guide" in said
     assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_in_half_precision_the_guide_is_still_warped_in_fp32(exported, tmp_path):
+    path, _ = exported(MODERN)
+    network = half(onnx.load(path), "fp16")
+    onnx.save(network, tmp_path / "half.onnx")
+    image, guide = (pictures(2, SIDE, SIDE, seed=seed) for seed in (0, 1))
+
+    inferred = onnx.shape_inference.infer_shapes(network).graph.value_info
+    known = {value.name: value.type.tensor_type.elem_type for value in inferred}
+    grids = [name for node in network.graph.node if node.op_type == "GridSample" for name in node.input]
+    sessions = [
+        onnxruntime.InferenceSession(str(each), providers=["CPUExecutionProvider"])
+        for each in (path, tmp_path / "half.onnx")
+    ]
+    whole, reduced = (session.run(None, {"image": image, "guide": guide})[0] for session in sessions)
+
+    assert grids and {known.get(name, onnx.TensorProto.FLOAT) for name in grids} == {onnx.TensorProto.FLOAT}
+    assert onnx.TensorProto.FLOAT16 in known.values()
+    assert 10 * np.log10(4 / np.square(whole - reduced).mean()) > 40
