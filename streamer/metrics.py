@@ -23,6 +23,8 @@ class Metrics:
         self._worst: dict[str, float] = {}
         self._batches = Counter("streamer_batches", "Batches run", ["stage", "size"], registry=self.registry)
 
+        self._sides = Counter("streamer_restored_crops", "Of a side", ["side_px"], registry=self.registry)
+
     def frame_age(self, camera: str, seconds: float) -> None:
         """Note how old a frame was when it was looked at."""
         self._ages.labels(camera).observe(seconds)
@@ -38,6 +40,10 @@ class Metrics:
         """Count what was let go."""
         self._drops.labels(camera, reason).inc(number)
 
+    def face_size(self, side: int) -> None:
+        """Count a crop that was restored by its longer side, in its own pixels."""
+        self._sides.labels(str(side)).inc()
+
     @contextmanager
     def stage(self, stage: str, size: int) -> Iterator[None]:
         """Time one batch of a stage."""
@@ -50,6 +56,10 @@ class Metrics:
         """Return what passed and, under `drops`, all that was let go."""
         passed = {labels["what"]: int(value) for labels, value in _samples(self._counts)}
         return {**passed, "drops": sum(sum(reasons.values()) for reasons in self.drops().values())}
+
+    def face_sizes(self) -> dict[int, int]:
+        """Return how many crops of each side in pixels were restored, the smallest first."""
+        return dict(sorted((int(labels["side_px"]), int(value)) for labels, value in _samples(self._sides)))
 
     def drops(self) -> dict[str, dict[str, int]]:
         """Return what was let go, by camera and reason."""

@@ -7,7 +7,7 @@ mouth right: left as the picture shows it), both in pixels of the full frame, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -194,19 +194,35 @@ class CameraStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Building:
+    """A plan that is being built beside the running app."""
+
+    step: str
+    """What is being done, such as "int8: compiling"."""
+    share: float
+    """How much of it is done, 0..1."""
+    eta_s: float | None
+    """Seconds that it will still take, None where nobody can tell."""
+
+
+@dataclass(frozen=True, slots=True)
 class SystemStatus:
     """How the whole box does."""
 
     state: SystemState
     version: str
     engines: Mapping[str, Mapping[str, str]]
-    """By stage: model, sha256, backend, precision, license."""
+    """By stage: model, sha256, backend, precision, license; where a plan runs, `plan`: first 12 digits of its key."""
     batch_sizes: Mapping[str, Mapping[int, int]]
     """By stage: how many batches of each size."""
     stage_seconds: Mapping[str, float]
     """By stage: seconds spent in it since the start."""
     counts: Mapping[str, int]
     """Frames, faces, restored, published, drops."""
+    face_sizes: Mapping[int, int] = field(default_factory=dict)
+    """How many crops of each side, in their own pixels, were restored."""
+    building: Mapping[str, Building] = field(default_factory=dict)
+    """By stage: the plan that is being built for it."""
 
 
 Event = FaceAppeared | FaceIdentified | FaceLeft | CameraStatus | SystemStatus

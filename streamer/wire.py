@@ -286,8 +286,22 @@ class CameraStatusHeader(Header):
         return f"status/{self.camera}"
 
 
+class Building(_Part):
+    """A plan that is being built while another engine serves."""
+
+    step: str
+    """What is being done, such as "int8: compiling"."""
+    share: float = Field(ge=0, le=1)
+    """How much of it is done."""
+    eta_s: float | None
+    """Seconds that it will still take; null where nobody can tell."""
+
+
 class SystemStatusHeader(Header):
     """How the whole box does: on every change and every 5 s. After `ended` nothing follows in this epoch."""
+
+    # what has a default is always sent, and missing only in the events of an older app
+    model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     kind: Literal["system.status"]
     """What this is."""
@@ -296,13 +310,17 @@ class SystemStatusHeader(Header):
     version: str
     """Of the app."""
     engines: dict[str, dict[str, str]]
-    """By stage: model, sha256, backend, precision, license."""
+    """By stage: model, sha256, backend, precision, license; where a plan runs, `plan`: first 12 digits of its key."""
     batch_sizes: dict[str, dict[int, int]]
     """By stage: how many batches of each size since the start."""
     stage_seconds: dict[str, float]
     """By stage: seconds spent in it since the start."""
     counts: dict[str, int]
     """Frames, faces, restored, published, drops since the start."""
+    face_sizes: dict[int, int] = {}
+    """How many crops of each side, in their own pixels, were restored since the start."""
+    building: dict[str, Building] = {}
+    """By stage: the plan that is being built for it, which takes over when it is done."""
 
 
 AnyHeader = Annotated[FaceHeader | CameraStatusHeader | SystemStatusHeader, Field(discriminator="kind")]
@@ -504,7 +522,14 @@ def _system_status(status: types.SystemStatus) -> dict[str, Any]:
         "batch_sizes": {stage: dict(sizes) for stage, sizes in status.batch_sizes.items()},
         "stage_seconds": {stage: round(float(seconds), 3) for stage, seconds in status.stage_seconds.items()},
         "counts": dict(status.counts),
+        "face_sizes": dict(status.face_sizes),
+        "building": {stage: _building(building) for stage, building in status.building.items()},
     }
+
+
+def _building(building: types.Building) -> dict[str, Any]:
+    eta_s = None if building.eta_s is None else round(float(building.eta_s), 1)
+    return {"step": building.step, "share": round(float(building.share), 4), "eta_s": eta_s}
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,6 +155,29 @@ def test_a_config_cannot_be_changed(load):
         config.publish.insecure = True
 
 
+def test_buckets_are_sides_that_rise(load, mistakes_of):
+    assert load(FILES).restorer.buckets is None
+    assert load(FILES + "restorer: {buckets: [128, 256]}").restorer.buckets == (128, 256)
+    assert load(FILES, {"STREAMER__RESTORER__BUCKETS": "[128, 256]"}).restorer.buckets == (128, 256)
+
+    for value, mistake in [
+        ("[256, 128]", "restorer.buckets: should rise from entry to entry"),
+        ("[128, 128]", "restorer.buckets: should rise from entry to entry"),
+        ("[0, 16]", "restorer.buckets.0: should be greater than or equal to 1"),
+        ("[16, large]", "restorer.buckets.1: should be a valid integer, unable to parse string as an integer"),
+        ("[]", "restorer.buckets: should have at least one entry"),
+        ("128", "restorer.buckets: should be a list: each entry begins with -"),
+    ]:
+        assert mistakes_of(FILES + f"restorer: {{buckets: {value}}}") == [mistake]
+
+
+@pytest.mark.parametrize("text", ["128, 256", "[128, ", "many"])
+def test_a_variable_that_is_no_list_is_a_mistake(mistakes_of, text):
+    assert mistakes_of(FILES, {"STREAMER__RESTORER__BUCKETS": text}) == [
+        "restorer.buckets: should be a list: each entry begins with - (set by STREAMER__RESTORER__BUCKETS)"
+    ]
+
+
 # The environment.
 
 

@@ -31,4 +31,15 @@ def test_two_runs_count_for_themselves():
     one, other = Metrics(), Metrics()
     one.count("frames")
 
+    one.face_size(20)
+
     assert other.counts() == {"drops": 0}
+    assert other.face_sizes() == {}
+
+
+def test_restored_crops_are_counted_by_their_side():
+    metrics = Metrics()
+    for side in (64, 9, 64, 100):
+        metrics.face_size(side)
+
+    assert list(metrics.face_sizes().items()) == [(9, 1), (64, 2), (100, 1)]

@@ -56,7 +56,17 @@ def an_identified(*, scale: int | None = 4, **crop) -> types.FaceIdentified:
 
 CAMERA_STATUS = types.CameraStatus("hall", "live", 24.987, 0.0402, {"stale": 2}, "", a_track().moment)
 SYSTEM_STATUS = types.SystemStatus(
-    "ready", "0.1.0", {"detect": {"model": "centerface"}}, {"detect": {1: 5, 8: 2}}, {"detect": 1.23456}, {"frames": 9}
+    state="ready",
+    version="0.1.0",
+    engines={"detect": {"model": "centerface", "plan": "0123456789ab"}},
+    batch_sizes={"detect": {1: 5, 8: 2}},
+    stage_seconds={"detect": 1.23456},
+    counts={"frames": 9},
+    face_sizes={24: 3, 100: 1},
+    building={
+        "restore": types.Building("bf16: comparing", 0.25, 12.345),
+        "embed": types.Building("fp32: comparing", 0.0, None),
+    },
 )
 EVENTS = {
     "face.appeared": types.FaceAppeared(a_track()),
@@ -248,6 +258,28 @@ def test_a_camera_without_a_frame_yet_has_nulls_for_it():
 
 def test_batch_sizes_are_numbers_again_after_the_wire():
     assert wire.decode(encode(SYSTEM_STATUS)).header.batch_sizes == {"detect": {1: 5, 8: 2}}
+
+
+def test_a_status_tells_the_sizes_of_faces_and_the_plans_that_are_being_built():
+    header = header_of(SYSTEM_STATUS)
+
+    assert header["face_sizes"] == {"24": 3, "100": 1}
+    assert header["building"] == {
+        "restore": {"step": "bf16: comparing", "share": 0.25, "eta_s": 12.3},
+        "embed": {"step": "fp32: comparing", "share": 0.0, "eta_s": None},
+    }
+    assert wire.decode(encode(SYSTEM_STATUS)).header.face_sizes == {24: 3, 100: 1}
+
+
+def test_a_status_of_an_older_app_is_read_and_its_entries_keep_their_types():
+    fields = header_of(SYSTEM_STATUS)
+    older = {name: value for name, value in fields.items() if name not in ("face_sizes", "building")}
+
+    header = wire.decode([b"system", json.dumps(older).encode()]).header
+
+    assert (header.face_sizes, header.building) == ({}, {})
+    properties = json.loads(wire.json_schema())["$defs"]["SystemStatusHeader"]["properties"]
+    assert properties["engines"]["additionalProperties"]["additionalProperties"] == {"type": "string"}
 
 
 def test_a_number_that_is_not_finite_is_not_sent():
