@@ -1,27 +1,46 @@
-"""How fast networks run here: `python -m engines.benchmark sgen-small sisn-small`. The last line is JSON.
+"""How fast networks run here: `python -m engines.benchmark --eager`. The last line is JSON.
 
-Every backend that is installed runs every network at each batch size in turn, round after round, so that a noisy
-neighbour disturbs all of them alike; what is told are medians over the rounds.
+Every backend that is installed runs every network at each size and batch size in turn, round after round, so that a
+noisy neighbour disturbs all of them alike; what is told are medians over the rounds. With --eager, PyTorch takes its
+turns in a process of its own (`python -m models.eager --serve`), one face at a time, with as many threads; of its two
+layouts of memory the faster is told.
+
+How near a run comes to what the processor can do is its share of the roofline: no run is faster than its operations at
+the pace of a large float32 matrix product, nor than its inputs, outputs and weights at the pace of a large copy. In
+bf16 or INT8 a run may pass it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from engines.card import CardError, NetworkCard
+from engines.card import CardError, NetworkCard, read_network
 from engines.engine import Engine, EngineError, ModelError
 from engines.ort import OnnxEngine, cuda_offered
-from engines.ov import OpenVinoEngine, openvino_installed
-from engines.store import Model, default_store
+from engines.ov import OpenVinoCompiler, openvino_installed
+from engines.roofline import Device, Work, count
+from engines.store import Model, ModelStore, default_store
+
+EAGER = "torch-eager"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,63 +58,93 @@ class Timing:
     """Median over the rounds."""
     ms_per_item: float
     """The same, turned round."""
+    flops: int | None
+    """Floating point operations of one run; None where they cannot be counted."""
+    bytes: int | None
+    """What one run must move at least; None as `flops`."""
+    roofline_share: float | None
+    """The least time that the processor's roofline allows, over the time taken; None off the CPU too."""
+    x_eager: float | None
+    """How many times as many items a second as PyTorch eager makes, one at a time; None where it took no part."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="+", help="names, paths or URLs")
-    parser.add_argument("--size", default="256x256", help="height x width of a result, 256x256 by default")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", help="names, paths or URLs; by default every restorer that is here")
+    parser.add_argument(
+        "--size", action="append", help="height x width of a result, may be given again; 256x256 by default"
+    )
     parser.add_argument("--batches", default="1,8", help="batch sizes, separated by commas")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--eager", action="store_true", help="PyTorch takes part, one face at a time")
     arguments = parser.parse_args()
     try:
-        height, width = (int(side) for side in arguments.size.split("x"))
+        sizes = [_size(size) for size in arguments.size or ["256x256"]]
         batches = [int(batch) for batch in arguments.batches.split(",")]
-        if min(height, width, arguments.threads, arguments.rounds, *batches) < 1:
+        if min(arguments.threads, arguments.rounds, *batches) < 1:
             raise ValueError
     except ValueError:
         parser.exit(2, "--size is HEIGHTxWIDTH, --batches numbers with commas; all numbers are 1 or more\n")
+    threads, rounds = arguments.threads, arguments.rounds
     try:
-        models = [default_store().find(name) for name in arguments.networks]
-        timings = measure(models, (height, width), batches, threads=arguments.threads, rounds=arguments.rounds)
+        store = default_store()
+        models = [store.find(name) for name in arguments.networks or restorers(store)]
+        device = Device.measure(threads)
+        timings = measure(models, sizes, batches, threads=threads, rounds=rounds, device=device, eager=arguments.eager)
     except (CardError, EngineError, ModelError) as exc:
         parser.exit(2, f"{exc}\n")
     print(
-        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {arguments.rounds} rounds, medians"
+        f"{platform.processor() or platform.machine()}, {threads} threads, {rounds} rounds, medians; roofline: "
+        f"{device.peak_flops / 1e9:.0f} GFLOP/s in float32, {device.bandwidth / 1e9:.1f} GB/s"
     )
     print(table(timings))
     print(json.dumps([asdict(timing) for timing in timings]))
 
 
+def restorers(store: ModelStore) -> list[str]:
+    """Return the names of the restorers that are here."""
+    tasks = ("restoration", "guided-restoration")
+    return [listing.name for listing in store.list() if listing.task in tasks]
+
+
 def measure(
-    models: Sequence[Model], result: tuple[int, int], batches: Sequence[int], *, threads: int, rounds: int
+    models: Sequence[Model],
+    sizes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    *,
+    threads: int,
+    rounds: int,
+    device: Device | None = None,
+    eager: bool = False,
 ) -> list[Timing]:
-    """Time every engine at every batch size; `result` is (height, width) of what a restorer gives, or of the input of
-    any other network. Raises EngineError."""
-    engines = [(model.card, engine) for model in models for engine in _engines(model, threads, max(batches))]
-    runs: list[tuple[Timing, Callable[[], object]]] = []
-    for card, engine in engines:
-        height, width = input_size(card, result)
-        for batch in (batch for batch in batches if batch <= engine.max_batch):
-            feed = {card.inputs[0].name: _noise(card, batch, height, width)}
-            timing = Timing(card.name, engine.backend, engine.precision, batch, height, width, 0.0, 0.0)
-            runs.append((timing, lambda engine=engine, feed=feed: engine.run(**feed)))  # type: ignore[misc]
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(rounds + 1):
-        for taken, (_, run) in zip(seconds, runs, strict=True):
-            started = time.perf_counter()
-            run()
-            if number:  # the first round warms up
-                taken.append(time.perf_counter() - started)
-    for _, engine in engines:
-        engine.close()
-    return [_told(timing, statistics.median(taken)) for (timing, _), taken in zip(runs, seconds, strict=True)]
+    """Time every engine at every size and batch size; sizes are (height, width) of what a restorer gives, or of the
+    input of any other network. Raises EngineError.
+
+    `device` is the processor, for the share of its roofline. With `eager` PyTorch takes part where it is installed.
+    """
+    with ExitStack() as opened:
+        eagers = _open_eager(models, threads, opened) if eager else {}
+        runs: list[_Run] = []
+        for model in models:
+            engines = [opened.enter_context(closing(each)) for each in _engines(model, threads, max(batches))]
+            for height, width in dict.fromkeys(input_size(model.card, size) for size in sizes):
+                if model.path in eagers:
+                    runs += _eager_runs(model, height, width, eagers[model.path])
+                runs += _engine_runs(model, height, width, engines, batches)
+        for number in range(rounds + 1):
+            for run in runs:
+                seconds = run.once()
+                if number:  # the first round warms up
+                    run.taken.append(seconds)
+    return _timings(runs, device)
 
 
 def input_size(card: NetworkCard, result: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of the input that gives a result of that size: padded to the network's multiple, and
-    smaller by its scale for a restorer that enlarges by itself."""
+    smaller by its scale for a restorer that enlarges by itself. A guided restorer has one size of result."""
+    if card.result_size:
+        result = (card.result_size, card.result_size)
     scale = min(card.scales) if card.scales and card.enlarge == "none" else 1
     height, width = (-(-side // (scale * card.size_multiple)) * card.size_multiple for side in result)
     fixed = card.inputs[0].shape[-2:]
@@ -104,38 +153,203 @@ def input_size(card: NetworkCard, result: tuple[int, int]) -> tuple[int, int]:
 
 def table(timings: Sequence[Timing]) -> str:
     """Return the timings as a Markdown table."""
-    head = "| network | backend | precision | input | batch | a second | ms each |\n|---|---|---|---|---|---|---|"
+    head = (
+        "| network | backend | precision | input | batch | a second | ms each | GFLOP each | of the roofline "
+        "| x eager |\n|---|---|---|---|---|---|---|---|---|---|"
+    )
     rows = [
         f"| {t.network} | {t.backend} | {t.precision} | {t.height}×{t.width} | {t.batch} | "
-        f"{t.items_per_second:.1f} | {t.ms_per_item:.1f} |"
+        f"{t.items_per_second:.1f} | {t.ms_per_item:.1f} | {_gflop_each(t)} | {_percent(t.roofline_share)} | "
+        f"{_times(t.x_eager)} |"
         for t in timings
     ]
     return "\n".join([head, *rows])
 
 
 def _engines(model: Model, threads: int, max_batch: int) -> Iterator[Engine]:
-    """Every engine that is installed, each in every precision that the processor has."""
+    """Every engine that is installed, each in every precision that the processor and the network's card allow."""
     yield OnnxEngine(model, threads=threads, max_batch=max_batch)
     if cuda_offered():
         yield OnnxEngine(model, threads=threads, provider="cuda", max_batch=max_batch)
     if openvino_installed():
-        yield OpenVinoEngine(model, threads=threads, max_batch=max_batch)
-        best = OpenVinoEngine(model, threads=threads, precision="auto", max_batch=max_batch)
-        if best.precision == "bf16":
-            yield best
+        compiler = OpenVinoCompiler()
+        for precision in compiler.precisions(model):
+            plan = compiler.build(model, precision, (), threads=threads)
+            yield compiler.load(plan, model, precision, (), threads=threads, max_batch=max_batch)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, width = (int(side) for side in text.split("x"))
+    if min(height, width) < 1:
+        raise ValueError(text)
+    return height, width
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One engine with its input, and what it took."""
+
+    model: Model
+    backend: str
+    precision: str
+    batch: int
+    height: int
+    width: int
+    once: Callable[[], float]
+    """Runs once and returns the seconds it took."""
+    taken: list[float] = field(default_factory=list)
+    """Seconds, a round each."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.taken)
+
+    @property
+    def input(self) -> tuple[Path, int, int]:
+        """What runs that may be compared have in common."""
+        return self.model.path, self.height, self.width
+
+
+class _Eager:
+    """PyTorch in a process of its own, which answers line by line; engines never import it."""
+
+    def __init__(self, models: Sequence[Model], root: Path, threads: int) -> None:
+        paths = [str(model.path.resolve()) for model in models]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "models.eager", "--serve", "--threads", str(threads), *paths],
+            cwd=root, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def problems(self) -> list[str | None]:
+        """Return why each network cannot be run, None where it can; to be asked once, first."""
+        problems: list[str | None] = self._answer()
+        return problems
+
+    def seconds(self, network: int, height: int, width: int, *, channels_last: bool) -> float:
+        """Run a network once on one face and return how long it took. Raises EngineError."""
+        asked = {"network": network, "height": height, "width": width, "channels_last": channels_last}
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{json.dumps(asked)}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the missing answer tells
+        return float(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        raise EngineError("PyTorch eager ended before its work was done: run `python -m models.eager` to see why")
+
+
+def _open_eager(models: Sequence[Model], threads: int, opened: ExitStack) -> dict[Path, Callable[..., float]]:
+    """Return, by the network's file, what runs it once in PyTorch eager; where it cannot be run, say so."""
+    spec = importlib.util.find_spec("models")
+    if not spec or not importlib.util.find_spec("torch"):
+        logger.warning("PyTorch is not installed, so eager takes no part: pip install 'streamer[train]'")
+        return {}
+    root = Path((spec.submodule_search_locations or [""])[0]).parent
+    child = opened.enter_context(closing(_Eager(models, root, threads)))
+    found: dict[Path, Callable[..., float]] = {}
+    for number, (model, problem) in enumerate(zip(models, child.problems(), strict=True)):
+        if problem:
+            logger.warning("%s: eager takes no part: %s", model.card.name, problem)
+        else:
+            found[model.path] = partial(child.seconds, number)
+    return found
+
+
+def _eager_runs(model: Model, height: int, width: int, seconds: Callable[..., float]) -> Iterator[_Run]:
+    """Both layouts of memory take part; the faster is told."""
+    for channels_last in (False, True):
+        once = partial(seconds, height, width, channels_last=channels_last)
+        backend = f"{EAGER}-channels-last" if channels_last else EAGER
+        yield _Run(model, backend, "fp32", 1, height, width, once)
+
+
+def _engine_runs(
+    model: Model, height: int, width: int, engines: Sequence[Engine], batches: Sequence[int]
+) -> Iterator[_Run]:
+    noise = {batch: _noise(model.card, batch, height, width) for batch in batches}
+    for engine in engines:
+        for batch in (batch for batch in batches if batch <= engine.max_batch):
+            once = partial(_seconds, engine, {spec.name: noise[batch] for spec in model.card.inputs})
+            yield _Run(model, engine.backend, engine.precision, batch, height, width, once)
+
+
+def _seconds(engine: Engine, feed: dict[str, np.ndarray]) -> float:
+    started = time.perf_counter()
+    engine.run(**feed)
+    return time.perf_counter() - started
+
+
+def _timings(runs: Sequence[_Run], device: Device | None) -> list[Timing]:
+    eager: dict[object, _Run] = {}  # the faster of the two layouts
+    for run in filter(_is_eager, runs):
+        eager[run.input] = min(eager.get(run.input, run), run, key=lambda each: each.median)
+    told = [run for run in runs if not _is_eager(run) or run is eager[run.input]]
+    works: dict[object, Work | None] = {}
+    for run in told:
+        if (run.input, run.batch) not in works:
+            works[run.input, run.batch] = _work(run)
+    return [_timing(run, works[run.input, run.batch], device, eager.get(run.input)) for run in told]
+
+
+def _timing(run: _Run, work: Work | None, device: Device | None, eager: _Run | None) -> Timing:
+    on_cpu = _is_eager(run) or run.backend.endswith("-cpu")
+    return Timing(
+        network=run.model.card.name,
+        backend=run.backend,
+        precision=run.precision,
+        batch=run.batch,
+        height=run.height,
+        width=run.width,
+        items_per_second=run.batch / run.median,
+        ms_per_item=1000 * run.median / run.batch,
+        flops=work.flops if work else None,
+        bytes=work.bytes if work else None,
+        roofline_share=device.seconds(work) / run.median if device and work and on_cpu else None,
+        x_eager=run.batch * eager.median / run.median if eager else None,
+    )
+
+
+def _is_eager(run: _Run) -> bool:
+    return run.backend.startswith(EAGER)
+
+
+def _work(run: _Run) -> Work | None:
+    """Return what a run costs; None, and one line, where a foreign network cannot be followed."""
+    shape = (run.batch, 3, run.height, run.width)
+    try:
+        return count(read_network(run.model.path), {spec.name: shape for spec in run.model.card.inputs})
+    except EngineError as exc:
+        logger.warning("%s: its operations cannot be counted: %s", run.model.card.name, exc)
+        return None
+
+
+def _gflop_each(timing: Timing) -> str:
+    return "-" if timing.flops is None else f"{timing.flops / timing.batch / 1e9:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _times(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:.2f}"
 
 
 def _noise(card: NetworkCard, batch: int, height: int, width: int) -> np.ndarray:
     pixels = np.random.default_rng(0).uniform(0, 255, (batch, 3, height, width))
     mean, std = (np.array(each).reshape(3, 1, 1) for each in (card.mean, card.std))
     return np.asarray((pixels - mean) / std, np.float32)
-
-
-def _told(timing: Timing, seconds: float) -> Timing:
-    return Timing(
-        timing.network, timing.backend, timing.precision, timing.batch, timing.height, timing.width,
-        timing.batch / seconds, 1000 * seconds / timing.batch,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":
