@@ -28,14 +28,35 @@ class EngineError(RuntimeError):
 class Engine(Protocol):
     """A compiled network: arrays in, arrays out. Used by one thread only."""
 
-    card: NetworkCard
-    sha256: str
-    """Of the network's file."""
-    backend: str
-    """onnxruntime-cpu | onnxruntime-cuda | openvino-cpu | tensorrt ..."""
-    precision: str
-    """fp32 | bf16 | fp16 | int8."""
-    max_batch: int
+    @property
+    def card(self) -> NetworkCard:
+        """What the network says of itself."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the network's file."""
+        ...
+
+    @property
+    def backend(self) -> str:
+        """onnxruntime-cpu | onnxruntime-cuda | openvino-cpu | tensorrt ..."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """fp32 | bf16 | fp16 | int8."""
+        ...
+
+    @property
+    def max_batch(self) -> int:
+        """How many items one run may hold."""
+        ...
+
+    @property
+    def plan(self) -> str:
+        """Key of the plan that it runs; empty: it runs the network as it is."""
+        ...
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs by name. Raises EngineError."""

@@ -1,26 +1,153 @@
-"""Chooses what runs a network."""
+"""Chooses what runs a network: a plan that was proven on this machine, else a backend that needs none."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Literal
 
+from engines.compile import Build, Building, Request, least_db
 from engines.engine import Engine, EngineError
 from engines.ort import OnnxEngine, cuda_offered
-from engines.ov import OpenVinoEngine, openvino_installed
-from engines.store import Model
+from engines.ov import OpenVinoCompiler, OpenVinoEngine, openvino_installed
+from engines.parity import Sample, compare
+from engines.plan import Bucket, Compiler, Kept, PlanStore, Record
+from engines.serving import ServingEngine
+from engines.store import Model, cache_folder
+from engines.trt import TensorRtCompiler, gpu_found, tensorrt_installed
 
-Backend = Literal["auto", "onnxruntime", "openvino"]
+Backend = Literal["auto", "onnxruntime", "openvino", "tensorrt"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 
 logger = logging.getLogger(__name__)
 
 
-def load_engine(model: Model, *, backend: Backend = "auto", threads: int | None = None, max_batch: int = 64) -> Engine:
-    """Load a network on the best backend there is: CUDA, then OpenVINO, then ONNX Runtime on the CPU.
+@dataclass(frozen=True, slots=True)
+class Plans:
+    """Where plans are kept, and whether missing ones are built beside the running app."""
 
-    `onnxruntime` passes OpenVINO over; `openvino` insists on it. Raises EngineError.
+    store: PlanStore
+    build: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a network's plans are tuned for and proven on; both are asked for only where a plan is wanted."""
+
+    buckets: Callable[[], Sequence[Bucket]]
+    """The shapes that it will be run with."""
+    samples: Callable[[], Sequence[Sample]]
+    """Real input, from every bucket."""
+
+
+def load_engine(
+    model: Model,
+    *,
+    backend: Backend = "auto",
+    precision: Precision = "auto",
+    threads: int | None = None,
+    max_batch: int = 64,
+    plans: Plans | None = None,
+    proof: Proof | None = None,
+) -> Engine:
+    """Load a network on the best backend there is.
+
+    With `plans` and `proof` that is a plan, for the GPU or for this processor; while it is missing it is built in
+    another process, and the engine runs on ONNX Runtime. Without, it is CUDA, then OpenVINO, then ONNX Runtime on the
+    CPU. `onnxruntime` passes OpenVINO and plans over; `openvino` insists on it. Raises EngineError.
     """
+    compiler = make_compiler(backend) if plans and proof else None
+    if plans is None or proof is None or compiler is None:
+        return _without_plan(model, backend, threads, max_batch)
+    try:
+        request = make_request(model, compiler, proof, precision=precision, threads=threads, max_batch=max_batch)
+        kept = plans.store.find(request.key)
+    except EngineError as exc:
+        logger.warning("%s: no plan: %s", model.card.name, exc)
+        return _without_plan(model, backend, threads, max_batch)
+    if kept and (engine := _of_plan(request, kept)):
+        return engine
+    if kept:  # its record says that ONNX Runtime is the better here
+        return _without_plan(model, "openvino" if backend == "openvino" else "onnxruntime", threads, max_batch)
+    if not plans.build:
+        logger.info(
+            "%s has no plan for %s here, and none is built now: `streamer engines compile` makes it",
+            model.card.name, compiler.backend,
+        )  # fmt: skip
+        return _without_plan(model, "auto" if backend == "tensorrt" else backend, threads, max_batch)
+    # OpenVINO's plans are compared with ONNX Runtime, which serves until they are proven
+    served: Backend = "onnxruntime" if compiler.quick and backend == "auto" else backend
+    fallback = _without_plan(model, "auto" if served == "tensorrt" else served, threads, max_batch)
+
+    def load(record: Record) -> Engine | None:
+        made = plans.store.find(record.key)
+        if made is None:
+            raise EngineError("it is not in the store any more")
+        return _of_plan(request, made)
+
+    return ServingEngine(fallback, Build(request, plans.store), load)
+
+
+def default_plans() -> PlanStore:
+    """Return the store of this machine's plans."""
+    return PlanStore(cache_folder() / "plans")
+
+
+def make_compiler(backend: Backend = "auto", *, portable: bool = False) -> Compiler | None:
+    """Return what makes plans here: TensorRT where there is a GPU, else OpenVINO; None where neither is to be had."""
+    if on_gpu(backend):
+        return TensorRtCompiler(portable=portable)
+    if backend == "openvino" or (backend == "auto" and openvino_installed() and not cuda_offered()):
+        return OpenVinoCompiler()
+    return None
+
+
+def on_gpu(backend: Backend) -> bool:
+    """Say whether networks run from TensorRT plans here."""
+    return backend == "tensorrt" or (backend == "auto" and tensorrt_installed() is not None and gpu_found())
+
+
+def make_request(
+    model: Model,
+    compiler: Compiler,
+    proof: Proof,
+    *,
+    precision: Precision = "auto",
+    threads: int | None,
+    max_batch: int,
+) -> Request:
+    """Return the request for a network's plan. Raises EngineError where the backend cannot run here."""
+    buckets = () if compiler.quick else tuple(proof.buckets())  # OpenVINO compiles for all shapes at once
+    return Request(model, compiler, buckets, proof.samples, max_batch, threads, precision)
+
+
+def prove(request: Request, kept: Kept) -> str:
+    """Load a plan and compare it with ONNX Runtime; return why it must not be used, empty where it may."""
+    try:
+        with closing(request.load(kept)) as engine:
+            reference = OnnxEngine(request.model, threads=request.threads)
+            least = least_db(request.model.card, kept.record.precision)
+            return compare(engine, reference, request.samples(), least_db=least).refused
+    except EngineError as exc:
+        return str(exc)
+
+
+def building(engine: Engine) -> Building | None:
+    """Return how far an engine's plan is, None where none is being built."""
+    return engine.building() if isinstance(engine, ServingEngine) else None
+
+
+def _of_plan(request: Request, kept: Kept) -> Engine | None:
+    """Return the plan's engine, None where its record says that the fallback is the better. Raises EngineError."""
+    return request.load(kept) if kept.record.precision else None
+
+
+_Load = Callable[[Model, int | None, int], Engine]
+
+
+def _without_plan(model: Model, backend: Backend, threads: int | None, max_batch: int) -> Engine:
     *preferred, last = _choices(backend)
     for load in preferred:
         try:
@@ -28,9 +155,6 @@ def load_engine(model: Model, *, backend: Backend = "auto", threads: int | None 
         except EngineError as exc:
             logger.warning("%s: %s; trying the next backend", model.card.name, exc)
     return last(model, threads, max_batch)
-
-
-_Load = Callable[[Model, int | None, int], Engine]
 
 
 def _choices(backend: Backend) -> list[_Load]:

@@ -46,6 +46,7 @@ class OnnxEngine:
         self.backend = f"onnxruntime-{provider}"
         self.precision: str = model.card.precision
         self.max_batch = batch_limit(model.card, max_batch)
+        self.plan = ""
         self._outputs = [spec.name for spec in model.card.outputs]
         self._session: onnxruntime.InferenceSession | None = _load(model, threads, provider)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from engines.card import Family
 from engines.engine import Engine, EngineError, ModelError
-from engines.load import Backend, load_engine
+from engines.load import Backend, Plans, Precision, Proof, load_engine, on_gpu
+from engines.rebatch import rebatch
 from engines.store import Model, ModelStore, license_notice
 from streamer.camera import Camera
 from streamer.config import StreamerConfig
@@ -19,51 +23,105 @@ from streamer.pipeline import Pipeline, Stages
 from streamer.publisher import EventPublisher, new_epoch
 from streamer.restorer import FaceRestorer
 from streamer.router import NONE, RestorerRouter
+from streamer.samples import detector_proof, embedder_proof, input_sides, restorer_proof
 from streamer.selector import CropSelector
 from streamer.tracker import FaceTracker
 
 logger = logging.getLogger(__name__)
 
+_CROPS_ON_A_CPU = 8  # more would gain little, and a stop waits for one batch
+_CROPS_ON_A_GPU = 64
+_CAMERAS_A_CORE = 10  # 1080p at 25 frames a second: 9 % of a core for decoding, 1 % for the rest
 _FRAMES_A_BATCH = 4  # a frame on the detector's canvas is 6 MB; what a network makes of it is many times that
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A network, what its plans are tuned for and proven on, and how many items it takes at once."""
+
+    model: Model
+    proof: Proof | None
+    max_batch: int
 
 
 class Networks:
     """Finds and loads networks for one run; each one's licence is logged once."""
 
-    def __init__(self, store: ModelStore, *, backend: Backend = "auto", threads: int | None = None) -> None:
-        self._store, self._backend, self._threads = store, backend, threads
+    def __init__(
+        self,
+        store: ModelStore,
+        *,
+        backend: Backend = "auto",
+        precision: Precision = "auto",
+        threads: int | None = None,
+        plans: Plans | None = None,
+    ) -> None:
+        """Without `plans` every network runs on a backend that needs none."""
+        self._store, self._backend, self._precision, self._threads = store, backend, precision, threads
+        self._plans = plans
+        self.crops_a_batch = _CROPS_ON_A_GPU if on_gpu(backend) else _CROPS_ON_A_CPU
+        """How many crops the networks behind the detector take at once."""
 
     def detector(
         self, model: str, *, size: int = 960, threshold: float | None = None, family: Family | None = None
     ) -> FaceDetector:
         """Load a detector. Raises ModelError or CardError."""
-        found = self._store.find(model, task="detection", family=family)
-        # ONNX Runtime is the faster of the two here (CenterFace at 960: 114 against 132 ms), for restorers the slower
-        backend: Backend = "onnxruntime" if self._backend == "auto" else self._backend
-        return FaceDetector(self._load(found, backend, max_batch=_FRAMES_A_BATCH), size=size, threshold=threshold)
+        wanted = self.detector_wanted(model, size=size, family=family)
+        return FaceDetector(self._load(wanted), size=size, threshold=threshold)
 
-    def restorer(self, name: str, *, max_size: int = 256) -> FaceRestorer | None:
+    def restorer(self, name: str, *, max_size: int = 256, buckets: Sequence[int] | None = None) -> FaceRestorer | None:
         """Load a restorer, or None for "none". Raises as `detector` does."""
         if name == NONE:
             return None
-        found = self._store.find(name, task="restoration")
-        return FaceRestorer(self._load(found, self._backend), max_size=max_size)
+        wanted = self.restorer_wanted(name, max_size=max_size, buckets=buckets)
+        return FaceRestorer(self._load(wanted), max_size=max_size, buckets=self._sides(wanted.model, max_size, buckets))
 
     def guided_restorer(self, name: str) -> GuidedRestorer:
         """Load a restorer that takes a guide. Raises as `detector` does."""
-        found = self._store.find(name)
-        return GuidedRestorer(self._load(found, self._backend))
+        return GuidedRestorer(self._load(Wanted(self._store.find(name), None, self.crops_a_batch)))
 
     def embedder(self, model: str | None) -> FaceEmbedder | None:
         """Load an embedder, or None where none is configured. Raises as `detector` does."""
-        if model is None:
-            return None
-        return FaceEmbedder(self._load(self._store.find(model, task="embedding"), self._backend))
+        return None if model is None else FaceEmbedder(self._load(self.embedder_wanted(model)))
 
-    def _load(self, model: Model, backend: Backend, *, max_batch: int = 64) -> Engine:
+    def detector_wanted(self, model: str, *, size: int = 960, family: Family | None = None) -> Wanted:
+        """Find a detector, and what its plans are proven on. Raises ModelError or CardError."""
+        found = self._freed(self._store.find(model, task="detection", family=family))
+        return Wanted(found, detector_proof(found, size=size, max_batch=_FRAMES_A_BATCH), _FRAMES_A_BATCH)
+
+    def restorer_wanted(self, name: str, *, max_size: int = 256, buckets: Sequence[int] | None = None) -> Wanted:
+        """Find a restorer, and what its plans are proven on. Raises as `detector_wanted` does."""
+        found = self._store.find(name, task="restoration")
+        sides = self._sides(found, max_size, buckets)
+        proof = restorer_proof(found, max_size=max_size, sides=sides, max_batch=self.crops_a_batch)
+        return Wanted(found, proof, self.crops_a_batch)
+
+    def embedder_wanted(self, model: str) -> Wanted:
+        """Find an embedder, and what its plans are proven on. Raises as `detector_wanted` does."""
+        found = self._freed(self._store.find(model, task="embedding"))
+        return Wanted(found, embedder_proof(found, max_batch=self.crops_a_batch), self.crops_a_batch)
+
+    def _freed(self, model: Model) -> Model:
+        """Return a network that was exported for one image at a time with a free batch axis, where that is exact."""
+        freed = rebatch(model, self._store.cache / "rebatched") if self._plans else None
+        return freed or model
+
+    def _sides(self, model: Model, max_size: int, buckets: Sequence[int] | None) -> Sequence[int] | None:
+        """Return the sides that a restorer is fed with: a plan for a GPU has its shapes, whatever the config says."""
+        return buckets or (input_sides(model.card, max_size) if self._plans and on_gpu(self._backend) else None)
+
+    def _load(self, wanted: Wanted) -> Engine:
+        model = wanted.model
         logger.info(license_notice(model))
+        backend: Backend = self._backend
+        if model.card.task == "detection" and backend == "auto" and not on_gpu(backend) and self._plans is None:
+            # the faster of the two for this one (CenterFace at 960: 114 against 132 ms); a plan is timed here
+            backend = "onnxruntime"
         try:
-            engine = load_engine(model, backend=backend, threads=self._threads, max_batch=max_batch)
+            engine = load_engine(
+                model, backend=backend, precision=self._precision, threads=self._threads, max_batch=wanted.max_batch,
+                plans=self._plans, proof=wanted.proof,
+            )  # fmt: skip
         except EngineError as exc:  # a file that does not load is the user's to mend
             raise ModelError(str(exc)) from exc
         logger.info("%s runs on %s in %s", model.card.name, engine.backend, engine.precision)
@@ -78,7 +136,9 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
         threshold=config.detector.threshold,
         family=config.detector.family,
     )
-    restorer = networks.restorer(config.restorer.name, max_size=config.restorer.max_size)
+    restorer = networks.restorer(
+        config.restorer.name, max_size=config.restorer.max_size, buckets=config.restorer.buckets
+    )
     embedder = networks.embedder(config.embedder.model)
     trackers = {
         camera.name: FaceTracker(
@@ -94,7 +154,24 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
         min_size_px=config.selector.min_size_px, retry_s=config.selector.retry_s, margin=config.selector.margin
     )
     router = make_router(restorer, max_size=config.restorer.max_size)
-    return Stages(detector, trackers, selector, router, restorer, embedder)
+    return Stages(detector, trackers, selector, router, restorer, embedder, networks.crops_a_batch)
+
+
+def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:
+    """Return the networks that a config names. Raises ModelError or CardError."""
+    detector, restorer, embedder = config.detector, config.restorer, config.embedder
+    found = [networks.detector_wanted(detector.model, size=detector.size, family=detector.family)]
+    if restorer.name != NONE:
+        found.append(networks.restorer_wanted(restorer.name, max_size=restorer.max_size, buckets=restorer.buckets))
+    if embedder.model is not None:
+        found.append(networks.embedder_wanted(embedder.model))
+    return found
+
+
+def threads_for(config: StreamerConfig) -> int:
+    """Return how many threads a network gets on a CPU: the config's, else the cores that decoding leaves."""
+    cores = len(os.sched_getaffinity(0))
+    return config.engine.threads or max(1, cores - round(len(config.cameras) / _CAMERAS_A_CORE))
 
 
 def make_router(restorer: FaceRestorer | None, *, max_size: int) -> RestorerRouter:

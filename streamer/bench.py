@@ -23,7 +23,7 @@ from streamer import demo_clip, wire
 from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
 from streamer.config import StreamerConfig
 from streamer.metrics import Metrics
-from streamer.pipeline import CROPS_A_BATCH, FRAMES_A_BATCH, Stages
+from streamer.pipeline import FRAMES_A_BATCH, Stages
 from streamer.router import NONE
 from streamer.types import Crop, Detections, FaceIdentified, Frame, Restoration
 
@@ -81,9 +81,9 @@ def _alone(config: StreamerConfig, stages: Stages) -> dict[str, float]:
     while frames := _timed(seconds, "read", lambda: _next_frames(readers)):
         found = _timed(seconds, "detect", partial(stages.detector.detect, [frame.image for frame in frames]))
         waiting += _timed(seconds, "track", partial(_follow, stages, frames, found))
-        while len(waiting) >= CROPS_A_BATCH:
-            _identify(seconds, stages, waiting[:CROPS_A_BATCH])
-            del waiting[:CROPS_A_BATCH]
+        while len(waiting) >= stages.crops_a_batch:
+            _identify(seconds, stages, waiting[: stages.crops_a_batch])
+            del waiting[: stages.crops_a_batch]
     _identify(seconds, stages, waiting)
     return dict(seconds)
 

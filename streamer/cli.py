@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -17,11 +18,23 @@ from typing import Annotated, NoReturn
 import typer
 
 from engines.card import CardError
+from engines.compile import Request
 from engines.engine import EngineError, ModelError
+from engines.load import Plans, default_plans
+from engines.plan import PlanStore
 from engines.store import ModelStore, default_store
-from streamer import __version__, photos
-from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, make_router
+from streamer import __version__, photos, plans
+from streamer.assembly import (
+    Networks,
+    load_stages,
+    make_cameras,
+    make_pipeline,
+    make_router,
+    threads_for,
+    wanted,
+)
 from streamer.bench import bench
+from streamer.buckets import plan_buckets, plan_lines, read_histogram
 from streamer.camera import Camera, CameraError
 from streamer.client import EventSubscriber, SubscribeError
 from streamer.config import ConfigError, StreamerConfig, load_config
@@ -33,12 +46,18 @@ from streamer.publisher import PublishError
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
+_NO_CAMERA = [{"name": "none", "url": "rtsp://127.0.0.1/"}]
+"""For what needs a config's defaults and opens no source."""
 _INTERRUPTED = 130
 """What Typer makes of a Ctrl-C."""
-WRONG = (ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError)
+WRONG = (
+    ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError, plans.PlanError
+)  # fmt: skip
 """What the user can mend: exit code 2."""
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+engines_app = typer.Typer(help="Plans: networks compiled and proven for this machine.", rich_markup_mode=None)
+app.add_typer(engines_app, name="engines")
 models_app = typer.Typer(help="The networks: which there are, fetching one, its card.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
 
@@ -110,13 +129,13 @@ def run(
     _on_signals(give_up)
     cameras = make_cameras(settings, stop)
     _inspect([camera for camera in cameras if not camera.live])
-    stages = _load(settings, offline)
-    metrics = Metrics()
-    pipeline = make_pipeline(settings, cameras, stages, metrics=metrics, stop=stop)
-
-    _on_signals(stop.set)
-    started = time.monotonic()
-    pipeline.run(duration)
+    stages = _load(settings, offline, build=True)
+    with closing(stages):
+        metrics = Metrics()
+        pipeline = make_pipeline(settings, cameras, stages, metrics=metrics, stop=stop)
+        _on_signals(stop.set)
+        started = time.monotonic()
+        pipeline.run(duration)
     for line in _details(metrics):
         logger.info(line)
     print(_summary(metrics, time.monotonic() - started), flush=True)
@@ -129,7 +148,7 @@ def check(config: ConfigArgument, offline: OfflineOption = False) -> int:
     settings = load_config(config)
     stages, mistakes = None, []
     try:
-        stages = _load(settings, offline)
+        stages = _load(settings, offline, build=False)
     except (CardError, ModelError) as exc:
         mistakes.append(str(exc))
     try:
@@ -192,7 +211,7 @@ def restore(
         raise photos.PhotoError(f"--{'fuse' if fuse else 'parts'} wants a --guide")
     paths = photos.gather(inputs)
     photos.refuse_overwriting([*paths, *(guide or [])], out, crops=crops)
-    networks = Networks(_store(offline))
+    networks = Networks(_store(offline), plans=Plans(default_plans(), build=False))
     finder = None if crops else networks.detector(detector)
     if guide:
         guided = networks.guided_restorer(restorer or "gfrnet")
@@ -226,6 +245,102 @@ def run_bench(
     for line in bench(_store(offline), runs=runs, clip=clip):
         print(line, flush=True)
     return DONE
+
+
+PlanConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Whose networks; by default the default ones.")
+]
+PortableOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Write plans for boxes with TensorRT's lean runtime to this folder.")
+]
+
+
+@engines_app.command("compile")
+def engines_compile(
+    config: PlanConfigArgument = None, portable: PortableOption = None, offline: OfflineOption = False
+) -> int:
+    """Build the plans that a config's networks lack, and prove them."""
+    if offline:
+        raise typer.BadParameter("forbids building; leave it away", param_hint="--offline")
+    wishes = _wishes(config, portable=portable is not None)
+    store = default_plans() if portable is None else PlanStore(portable)
+    return DONE if plans.compile_plans(wishes, store, _print, _progress()) else FAILED
+
+
+@engines_app.command("add")
+def engines_add(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `compile --portable` wrote elsewhere.")],
+    config: PlanConfigArgument = None,
+) -> int:
+    """Take over plans that were built on another machine, once they are proven on this one."""
+    if not folder.is_dir():
+        raise plans.PlanError(f"{folder}: no such folder")
+    return DONE if plans.add_plans(_wishes(config), PlanStore(folder), default_plans(), _print) else FAILED
+
+
+@engines_app.command("list")
+def engines_list(as_json: JsonOption = False) -> int:
+    """List the plans of this machine."""
+    records = default_plans().records()
+    if as_json:
+        print(json.dumps([record.model_dump(mode="json") for record in records]))
+    else:
+        for line in plans.lines(records):
+            print(line)
+    return DONE
+
+
+@engines_app.command("check")
+def engines_check(config: PlanConfigArgument = None) -> int:
+    """Prove the plans of a config's networks anew; remove what fails."""
+    return DONE if plans.check_plans(_wishes(config), default_plans(), _print) else FAILED
+
+
+@engines_app.command("plan")
+def engines_plan(
+    histogram: Annotated[
+        Path, typer.Option("--from", metavar="FILE", help='{"64": 12, ...}, or events of `streamer listen --json`.')
+    ],
+    restorer: Annotated[str, typer.Option(metavar="NAME", help="For which.")] = "sgen-small",
+    count: Annotated[int, typer.Option(min=1, max=16, help="How many buckets at most.")] = 4,
+    max_size: Annotated[int, typer.Option(min=16, help="Longest side of a restored face.")] = 256,
+    as_json: JsonOption = False,
+) -> int:
+    """Choose the sides that a restorer is best fed with, from the faces that were restored."""
+    card = _store(True).find(restorer, task="restoration").card
+    try:
+        chosen = plan_buckets(read_histogram(histogram), card, max_size=max_size, count=count)
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--from") from exc
+    if as_json:
+        print(json.dumps(asdict(chosen)))
+    else:
+        for line in plan_lines(chosen, card):
+            print(line)
+    return DONE
+
+
+def _wishes(config: Path | None, *, portable: bool = False) -> list[Request]:
+    settings = load_config(config) if config else StreamerConfig.model_validate({"cameras": _NO_CAMERA})
+    found = wanted(settings, _networks(settings, False, build=False))
+    engine = settings.engine
+    return plans.requests(
+        found, backend=engine.backend, precision=engine.precision, threads=threads_for(settings), portable=portable
+    )
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def _progress() -> Callable[[str, str, float], None]:
+    """Return what shows how far a plan is: on a terminal in one line that changes, elsewhere a line for each step."""
+    ends = "\r" if sys.stderr.isatty() else "\n"
+
+    def tell(name: str, what: str, share: float) -> None:
+        print(f"{name}: {what}, {share:4.0%}".ljust(60), end=ends, file=sys.stderr, flush=True)
+
+    return tell
 
 
 @models_app.command("list")
@@ -265,9 +380,18 @@ def models_show(model: Annotated[str, typer.Argument(help="A name, a path or a U
     return DONE
 
 
-def _load(settings: StreamerConfig, offline: bool) -> Stages:
-    networks = Networks(_store(offline), backend=settings.engine.backend, threads=settings.engine.threads)
-    return load_stages(settings, networks)
+def _load(settings: StreamerConfig, offline: bool, *, build: bool) -> Stages:
+    return load_stages(settings, _networks(settings, offline, build=build and not offline))
+
+
+def _networks(settings: StreamerConfig, offline: bool, *, build: bool) -> Networks:
+    return Networks(
+        _store(offline),
+        backend=settings.engine.backend,
+        precision=settings.engine.precision,
+        threads=threads_for(settings),
+        plans=Plans(default_plans(), build=build),
+    )
 
 
 def _store(offline: bool) -> ModelStore:

@@ -316,7 +316,7 @@ def _bounds(place: np.ndarray, shape: Sequence[int], canvas: Sequence[int]) -> t
 def _cutout(name: str) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """Return a person cut out of the photograph, at several sizes, and what takes the largest's pixels to its own."""
     person = PEOPLE[name]
-    photo = _photo(person.photo)
+    photo = read_photo(person.photo)
     outline = np.array([point.split(",") for point in person.outline.split()], np.int32)
     within = cv2.fillPoly(np.zeros(photo.shape[:2], np.float32), [outline], 1.0)
     mask = cv2.GaussianBlur(cv2.erode(within, np.ones((5, 5))), (0, 0), 1.5)
@@ -348,7 +348,7 @@ def _balustrade(row: int) -> _Layer:
 
 def _texture(photo: str, contrast: float, top: int, bottom: int) -> np.ndarray:
     """Return a photograph laid out as tiles, at twice the frame's scale and a little beyond its edges."""
-    tile = _photo(photo).swapaxes(0, 1)
+    tile = read_photo(photo).swapaxes(0, 1)
     tile = tile.mean((0, 1)) + contrast * (tile - tile.mean((0, 1)))
     rows, columns = 2 * (bottom - top + _MARGIN), 2 * (WIDTH + 2 * _MARGIN)
     tiles = (-(-rows // tile.shape[0]), -(-columns // tile.shape[1]), 1)
@@ -369,7 +369,7 @@ def _sizes(image: np.ndarray, alpha: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 @cache
-def _photo(name: str) -> np.ndarray:
+def read_photo(name: str) -> np.ndarray:
     """Return a photograph out of its wheel, float32 BGR."""
     package, path = _PHOTOS[name]
     spec = importlib.util.find_spec(package)

@@ -17,6 +17,7 @@ from functools import partial
 
 import numpy as np
 
+from engines.load import building
 from streamer import __version__
 from streamer.camera import Camera
 from streamer.detector import FaceDetector
@@ -30,6 +31,7 @@ from streamer.router import NONE, RestorerRouter
 from streamer.selector import CropSelector
 from streamer.tracker import FaceTracker
 from streamer.types import (
+    Building,
     CameraStatus,
     Crop,
     Detections,
@@ -49,7 +51,7 @@ from streamer.types import (
 logger = logging.getLogger(__name__)
 
 FRAMES_A_BATCH = 8
-CROPS_A_BATCH = 8  # more would gain little on a CPU, and a stop waits for one batch
+EVENTS_A_BATCH = 8
 STATUS_EVERY_S = 5.0
 _LOOK_EVERY_S = 0.25
 
@@ -72,6 +74,14 @@ class Stages:
     router: RestorerRouter
     restorer: FaceRestorer | None
     embedder: FaceEmbedder | None
+    crops_a_batch: int = 8
+    """How many crops are identified together, at most."""
+
+    def close(self) -> None:
+        """Free the networks, and end the plans that are being built for them."""
+        for part in (self.detector, self.restorer, self.embedder):
+            if part is not None:
+                part.engine.close()
 
 
 class Worker(threading.Thread):
@@ -114,7 +124,7 @@ class Pipeline:
         self._live = any(camera.live for camera in cameras)
         self._frames: Inbox[Frame | Silence] = Inbox(room=1 if self._live else 4, total=4 * len(cameras))
         self._faces: Inbox[FaceAppeared | Crop | FaceLeft] = Inbox(room=2, total=64)
-        self._events: Inbox[Event] = Inbox(room=4 * CROPS_A_BATCH, total=256)
+        self._events: Inbox[Event] = Inbox(room=32, total=256)
         self._open_readers = len(cameras)
         self._readers_lock = threading.Lock()
         self._awaited = threading.Event()
@@ -207,7 +217,7 @@ class Pipeline:
 
     def _identify(self) -> None:
         try:
-            while items := self._faces.take(CROPS_A_BATCH):
+            while items := self._faces.take(self._stages.crops_a_batch):
                 crops = [item for item in items if isinstance(item, Crop)]
                 if self._stop.is_set():
                     for crop in crops:
@@ -228,7 +238,7 @@ class Pipeline:
                 if not publisher.wait_for_subscribers(self._wait_for):
                     return
                 self._awaited.set()
-                while events := self._events.take(CROPS_A_BATCH):
+                while events := self._events.take(EVENTS_A_BATCH):
                     for event in events:
                         with self.metrics.stage("publish", 1):
                             sent = publisher.publish(event)
@@ -302,6 +312,8 @@ class Pipeline:
             return restorations
         with self.metrics.stage("restore", len(chosen)):
             results = restorer.restore([crops[index].image for index in chosen])
+        for index in chosen:
+            self.metrics.face_size(max(crops[index].image.shape[:2]))
         engine = restorer.engine
         for index, (image, scale) in zip(chosen, results, strict=True):
             restorations[index] = Restoration(
@@ -361,12 +373,16 @@ class Pipeline:
                 "backend": part.engine.backend,
                 "precision": part.engine.precision,
                 "license": part.engine.card.license,
+                **({"plan": part.engine.plan[:12]} if part.engine.plan else {}),
             }
             for stage, part in parts.items()
             if part is not None
         }
-        batches, seconds, counts = self.metrics.batch_sizes(), self.metrics.stage_seconds(), self.metrics.counts()
-        return SystemStatus(state, __version__, engines, batches, seconds, counts)
+        metrics = self.metrics
+        return SystemStatus(
+            state, __version__, engines, metrics.batch_sizes(), metrics.stage_seconds(), metrics.counts(),
+            metrics.face_sizes(), {stage: built for stage, part in parts.items() if (built := _being_built(part))},
+        )  # fmt: skip
 
     def _emit(self, lane: str, event: Event) -> None:
         """Hand an event to the publisher. Live, only identified faces may be dropped; a status never waits."""
@@ -375,3 +391,8 @@ class Pipeline:
         dropped = self._events.put(lane, event, wait=not self._live, keep=keep)
         if isinstance(dropped, FaceIdentified):
             self.metrics.drop(dropped.crop.track.moment.camera, "publisher busy")
+
+
+def _being_built(part: FaceDetector | FaceRestorer | FaceEmbedder | None) -> Building | None:
+    known = building(part.engine) if part else None
+    return Building(known.step, known.share, known.eta_s) if known else None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 
 from streamer.cli import main
+
+# Most tests are not about plans: none is built beside them, and what runs does not depend on what ran before.
+os.environ.setdefault("STREAMER__ENGINE__BACKEND", "onnxruntime")
 
 
 @pytest.fixture

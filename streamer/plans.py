@@ -1,0 +1,121 @@
+"""What `streamer engines` does: builds the plans of a config's networks, lists them, proves them anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from engines.compile import Request, make, told
+from engines.engine import EngineError
+from engines.load import Backend, Precision, make_compiler, make_request, prove
+from engines.plan import Compiler, Kept, PlanStore, Record
+from streamer.assembly import Wanted
+
+Say = Callable[[str], None]
+
+
+class PlanError(ValueError):
+    """No plan can be made here, or one that was named is not to be had. The message is one line."""
+
+
+def requests(
+    networks: Sequence[Wanted], *, backend: Backend, precision: Precision, threads: int, portable: bool = False
+) -> list[Request]:
+    """Return the plans that these networks want here. Raises PlanError where nothing here makes plans."""
+    compiler = _compiler(backend, portable)
+    return [
+        make_request(each.model, compiler, each.proof, precision=precision, threads=threads, max_batch=each.max_batch)
+        for each in networks
+        if each.proof is not None
+    ]
+
+
+def compile_plans(
+    wishes: Sequence[Request], store: PlanStore, say: Say, tell: Callable[[str, str, float], None]
+) -> bool:
+    """Build what is missing; say what came of each, and tell how far it is. Return whether every network has a plan, or
+    is better off without. Raises EngineError."""
+    whole = True
+    for wish in wishes:
+        name, key = wish.model.card.name, wish.key
+        if kept := store.find(key):
+            say(f"{name}: there is one already: {told(kept.record)[-1]}")
+            continue
+        record = make(wish, store, lambda what, share, name=name: tell(name, what, share))  # type: ignore[misc]
+        for line in told(record):
+            say(line)
+        whole &= any(not attempt.refused for attempt in record.attempts)
+    return whole
+
+
+def add_plans(wishes: Sequence[Request], carried: PlanStore, store: PlanStore, say: Say) -> bool:
+    """Take over plans that `compile --portable` made elsewhere, for these networks, each after it is proven here.
+
+    Return whether all passed. Raises PlanError where none is for these networks.
+    """
+    found = [(wish, kept) for wish in wishes for kept in _carried(carried) if kept.record.sha256 == wish.model.sha256]
+    if not found:
+        names = ", ".join(wish.model.card.name for wish in wishes)
+        raise PlanError(f"{carried.folder} holds no plan for {names}")
+    whole = True
+    for wish, kept in found:
+        record = make(wish, store, lambda what, share: None, given=kept)
+        for line in told(record):
+            say(line)
+        whole &= bool(record.precision)
+    return whole
+
+
+def check_plans(wishes: Sequence[Request], store: PlanStore, say: Say) -> bool:
+    """Prove the plans anew; one that fails is removed. Return whether none failed. Raises EngineError."""
+    whole = True
+    for wish in wishes:
+        name, kept = wish.model.card.name, store.find(wish.key)
+        if kept is None:
+            say(f"{name}: no plan yet; `streamer engines compile` makes it")
+        elif not kept.record.precision:
+            say(told(kept.record)[-1])
+        elif refused := prove(wish, kept):
+            store.remove(wish.key)
+            say(f"{name}: the plan {kept.record.key[:12]} fails and is removed: {refused}")
+            whole = False
+        else:
+            say(f"{name}: the plan {kept.record.key[:12]} ({kept.record.backend}, {kept.record.precision}) passes")
+    return whole
+
+
+def lines(records: Sequence[Record]) -> Iterator[str]:
+    """Return a line for each plan."""
+    for record in records:
+        chosen = record.chosen
+        known = "no plan: ONNX Runtime is better" if chosen is None else f"{chosen.worst:.4g} {chosen.unit} at worst"
+        pace = (
+            ""
+            if chosen is None or chosen.ms is None
+            else f", {chosen.ms:.1f} ms (ONNX Runtime {record.reference_ms:.1f})"
+        )
+        yield (
+            f"{record.network:16} {record.backend:14} {record.precision or '-':5} {record.key[:12]}  "
+            f"{record.built_at}  {known}{pace}"
+        )
+
+
+def _compiler(backend: Backend, portable: bool) -> Compiler:
+    if portable and backend == "auto":
+        backend = "tensorrt"
+    try:
+        compiler = make_compiler(backend, portable=portable)
+        if compiler is not None:
+            compiler.facts()
+    except EngineError as exc:
+        raise PlanError(str(exc)) from exc
+    if compiler is None:
+        raise PlanError(
+            "nothing here makes plans: pip install 'streamer[openvino]' for a processor, `make gpu` for an NVIDIA GPU"
+        )
+    return compiler
+
+
+def _carried(store: PlanStore) -> list[Kept]:
+    keys: list[Path] = sorted(store.folder.glob("[0-9a-f]*"))
+    return [kept for key in keys if (kept := store.find(key.name)) and kept.record.precision]
