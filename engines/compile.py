@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class Request:
     @property
     def key(self) -> str:
         """Of the plan. Raises EngineError where the backend cannot run here."""
-        facts = self.compiler.facts()
-        return plan_key(self.model, self.compiler.backend, facts, self.buckets, self.precision)
+        compiler = self.compiler
+        return plan_key(self.model, compiler.backend, compiler.facts(), self.buckets, self.precision, self.max_batch)
 
     def load(self, kept: Kept) -> Engine:
         """Return the engine of a plan. Raises EngineError."""
@@ -71,21 +72,23 @@ class Request:
 def make(request: Request, store: PlanStore, tell: Progress, *, given: Kept | None = None) -> Record:
     """Build the plan, or wait for the process that builds it; return its record.
 
-    `given` is a plan that was compiled elsewhere: it is proven here as one that was built here. Raises EngineError
-    where nothing can be kept.
+    `given` is a plan that was compiled elsewhere: it is proven here as one that was built here, and kept only if it
+    passes. Raises EngineError where nothing can be kept, or nothing could even be compared.
     """
-    key = request.key
-    with store.building(key):
+    key, quick = request.key, request.compiler.quick
+    with store.building(key), contextlib.nullcontext() if quick else store.alone():
         if given is None and (kept := store.find(key)):
             return kept.record  # another process has just built it
         began = time.monotonic()
         tell("ONNX Runtime, to compare with", 0.01)
         reference, samples = OnnxEngine(request.model, threads=request.threads), request.samples()
+        if not samples:
+            raise EngineError("there is nothing to prove its plan on: no face fits what the config allows")
         tried = _tried(request, reference, samples, tell, given)
         tell("timing", 0.95)
         reference_ms, best = _raced(tried, reference, samples)
-        if best and request.compiler.quick and request.precision == "auto" and best.ms > reference_ms:
-            best = None
+        if best is None and not any(trial.parity for trial in tried):  # out of memory, say: no verdict on the plan
+            raise EngineError(tried[-1].refused)
         record = Record(
             key=key,
             network=request.model.card.name,
@@ -97,8 +100,11 @@ def make(request: Request, store: PlanStore, tell: Progress, *, given: Kept | No
             built_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             build_s=round(time.monotonic() - began, 1),
             reference_ms=round(reference_ms, 3),
+            raced=quick,
             attempts=tuple(trial.attempt() for trial in tried),
         )
+        if given and best is None:
+            return record
         return store.keep(record, best.plan if best else b"").record
 
 
@@ -139,17 +145,24 @@ def _tried(
             done = number + len(keep) / (_MOST_KEPT + 1)
             step = 0.9 / len(precisions)
             trial = _Trial(precision, keep, plan=given.plan if given else b"")
-            tell(f"{precision}: compiling", 0.05 + done * step)
+            begins = 0.05 + done * step
+            tell(f"{precision}: compiling", begins)
+            request.compiler.watch(partial(_tell_within, tell, precision, begins, 0.25 * step))
             engine = _compiled(trial, request)
             tell(f"{precision}: comparing", 0.05 + (done + 0.25) * step)
             _compared(trial, engine, request, reference, samples, blame=given is None)
             tried.append(trial)
-            if trial.layer is None or trial.layer in keep or len(keep) == _MOST_KEPT:
+            mixed = precision in request.compiler.mixes
+            if trial.layer is None or trial.layer in keep or len(keep) == _MOST_KEPT or not mixed:
                 break
             keep |= {trial.layer}
         if not tried[-1].refused and not request.compiler.quick:
             break
     return tried
+
+
+def _tell_within(tell: Progress, precision: str, begins: float, width: float, what: str, share: float) -> None:
+    tell(f"{precision}: {what}", begins + share * width)
 
 
 def _compiled(trial: _Trial, request: Request) -> Engine | None:
@@ -162,7 +175,7 @@ def _compiled(trial: _Trial, request: Request) -> Engine | None:
         return compiler.load(
             trial.plan, model, precision, request.buckets, threads=request.threads, max_batch=request.max_batch
         )
-    except EngineError as exc:
+    except (CardError, EngineError) as exc:
         trial.refused = str(exc)
         return None
 
@@ -214,13 +227,13 @@ def _to_blame(request: Request, sample: Sample, precision: str, keep: frozenset[
     network = read_network(request.model.path)
     compiler, threads = request.compiler, request.threads
     with tempfile.TemporaryDirectory() as folder:
-        open_model, layers = _telling_all(network, request.model, Path(folder) / "open.onnx")
         try:
+            open_model, layers = _telling_all(network, request.model, Path(folder) / "open.onnx")
             plan = compiler.build(open_model, precision, request.buckets, threads=threads, keep=keep)
             engine = compiler.load(plan, open_model, precision, request.buckets, threads=threads, max_batch=1)
             value = first_apart(engine, OnnxEngine(open_model, threads=threads), sample, [*layers])
             engine.close()
-        except EngineError as exc:
+        except (EngineError, OSError) as exc:
             logger.info("%s: no layer can be named: %s", request.model.card.name, exc)
             return None
     return layers[value] if value else None
@@ -264,9 +277,10 @@ def told(record: Record) -> list[str]:
                 f"{attempt.cases}, {attempt.ms:.1f} ms a sample, ONNX Runtime {record.reference_ms:.1f}"
             )
     if record.precision:
-        lines.append(f"{what}: the plan is {record.precision}, {record.key[:12]}, made in {record.build_s:.0f} s")
-    elif any(not attempt.refused for attempt in record.attempts):
-        lines.append(f"{what}: no plan, as ONNX Runtime is the faster here")
+        slower = "" if record.pays else "; ONNX Runtime is the faster here, and runs unless engine.backend insists"
+        lines.append(
+            f"{what}: the plan is {record.precision}, {record.key[:12]}, made in {record.build_s:.0f} s{slower}"
+        )
     else:
         lines.append(f"{what}: no plan, as no precision passed; it stays on ONNX Runtime")
     return lines
@@ -295,7 +309,7 @@ class Build:
         self.name, self.backend = request.model.card.name, request.compiler.backend
         self._lock = threading.Lock()
         self._began = time.monotonic()
-        self._state = Building("starting", 0.0, None)
+        self._step, self._share = "starting", 0.0
         self._outcome: Record | str | None = None
         spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads that hold locks
         self._news, there = spawn.Pipe(duplex=False)
@@ -310,7 +324,10 @@ class Build:
         """Return how far it is; None once it has ended."""
         with self._lock:
             self._listen()
-            return self._state if self._outcome is None else None
+            if self._outcome is not None:
+                return None
+            left = (time.monotonic() - self._began) * (1 - self._share) / self._share if self._share > 0.1 else None
+            return Building(self._step, self._share, left)
 
     def outcome(self) -> Record | str | None:
         """Return the record once the plan is kept, or in a line why there is none; None while it is being built."""
@@ -325,7 +342,7 @@ class Build:
                 self._process.terminate()
                 self._process.join(_PATIENCE_S)
                 self._process.kill()
-            self._process.join()
+            self._process.join(_PATIENCE_S)
             self._outcome = self._outcome or "the app ended before it was built"
 
     def _listen(self) -> None:
@@ -334,17 +351,15 @@ class Build:
                 what, *more = self._news.recv()
                 if what == "ended":
                     (self._outcome,) = more
-                    self._process.join()
                     for line in told(self._outcome) if isinstance(self._outcome, Record) else [self._outcome]:
                         logger.info("%s", line)
                     return
-                doing, share = more
-                left = (time.monotonic() - self._began) * (1 - share) / share if share > 0 else None
-                self._state = Building(doing, share, left)
-                eta = "" if left is None else f", {left:.0f} s left"
-                logger.info("%s: building, %s, %.0f %%%s", self.name, doing, 100 * share, eta)
+                step, self._share = more
+                if step != self._step:
+                    logger.info("%s: building its plan: %s, %.0f %%", self.name, step, 100 * self._share)
+                self._step = step
         except EOFError:
-            self._process.join()
+            self._process.join(_PATIENCE_S)
             self._outcome = f"{self.name}: the process that built its plan died (exit {self._process.exitcode})"
             logger.warning("%s; it stays on the fallback", self._outcome)
 
@@ -354,11 +369,22 @@ def _build_apart(request: Request, folder: Path, news: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the app's to handle
     with contextlib.suppress(OSError):
         os.nice(_NICENESS)
+    threading.Thread(target=_end_with_the_app, daemon=True).start()
     try:
         ended: Record | str = make(request, PlanStore(folder), lambda what, share: news.send(("tell", what, share)))
     except (EngineError, CardError) as exc:
         ended = f"{request.model.card.name}: no plan: {exc}"
-    except OSError:  # nobody listens any more: the app has died
+    except BrokenPipeError:  # nobody listens any more: the app has died
         return
+    except OSError as exc:
+        ended = f"{request.model.card.name}: no plan: {exc.strerror or exc}"
     with contextlib.suppress(OSError):
         news.send(("ended", ended))
+
+
+def _end_with_the_app() -> None:
+    """An app that is killed takes its builds with it, even one that compiles for minutes."""
+    app = multiprocessing.parent_process()
+    if app is not None:
+        app.join()
+        os._exit(1)

@@ -51,41 +51,47 @@ def load_engine(
     max_batch: int = 64,
     plans: Plans | None = None,
     proof: Proof | None = None,
+    otherwise: Backend | None = None,
 ) -> Engine:
     """Load a network on the best backend there is.
 
     With `plans` and `proof` that is a plan, for the GPU or for this processor; while it is missing it is built in
     another process, and the engine runs on ONNX Runtime. Without, it is CUDA, then OpenVINO, then ONNX Runtime on the
-    CPU. `onnxruntime` passes OpenVINO and plans over; `openvino` insists on it. Raises EngineError.
+    CPU, or what `otherwise` names. `onnxruntime` passes OpenVINO and plans over; `openvino` insists on it. Raises
+    EngineError.
     """
+
+    def plain(wish: Backend = otherwise or backend) -> Engine:
+        return _without_plan(model, "auto" if wish == "tensorrt" else wish, threads, max_batch)
+
     compiler = make_compiler(backend) if plans and proof else None
     if plans is None or proof is None or compiler is None:
-        return _without_plan(model, backend, threads, max_batch)
+        return plain()
     try:
         request = make_request(model, compiler, proof, precision=precision, threads=threads, max_batch=max_batch)
         kept = plans.store.find(request.key)
+        if kept and (engine := _of_plan(request, kept, backend)):
+            return engine
     except EngineError as exc:
         logger.warning("%s: no plan: %s", model.card.name, exc)
-        return _without_plan(model, backend, threads, max_batch)
-    if kept and (engine := _of_plan(request, kept)):
-        return engine
-    if kept:  # its record says that ONNX Runtime is the better here
-        return _without_plan(model, "openvino" if backend == "openvino" else "onnxruntime", threads, max_batch)
-    if not plans.build:
+        return plain()
+    if kept:  # nothing passed, or ONNX Runtime is the better here
+        return plain("onnxruntime")
+    if not plans.build or not compiler.builds:
+        command = "compile" if compiler.builds else "add"
         logger.info(
-            "%s has no plan for %s here, and none is built now: `streamer engines compile` makes it",
-            model.card.name, compiler.backend,
+            "%s has no plan for %s here, and none is built now: `streamer engines %s` brings it",
+            model.card.name, compiler.backend, command,
         )  # fmt: skip
-        return _without_plan(model, "auto" if backend == "tensorrt" else backend, threads, max_batch)
+        return plain()
     # OpenVINO's plans are compared with ONNX Runtime, which serves until they are proven
-    served: Backend = "onnxruntime" if compiler.quick and backend == "auto" else backend
-    fallback = _without_plan(model, "auto" if served == "tensorrt" else served, threads, max_batch)
+    fallback = plain("onnxruntime" if compiler.quick and backend == "auto" else backend)
 
     def load(record: Record) -> Engine | None:
         made = plans.store.find(record.key)
         if made is None:
             raise EngineError("it is not in the store any more")
-        return _of_plan(request, made)
+        return _of_plan(request, made, backend)
 
     return ServingEngine(fallback, Build(request, plans.store), load)
 
@@ -98,7 +104,7 @@ def default_plans() -> PlanStore:
 def make_compiler(backend: Backend = "auto", *, portable: bool = False) -> Compiler | None:
     """Return what makes plans here: TensorRT where there is a GPU, else OpenVINO; None where neither is to be had."""
     if on_gpu(backend):
-        return TensorRtCompiler(portable=portable)
+        return TensorRtCompiler(portable=portable, timing_cache=cache_folder() / "tensorrt.timings")
     if backend == "openvino" or (backend == "auto" and openvino_installed() and not cuda_offered()):
         return OpenVinoCompiler()
     return None
@@ -118,20 +124,37 @@ def make_request(
     threads: int | None,
     max_batch: int,
 ) -> Request:
-    """Return the request for a network's plan. Raises EngineError where the backend cannot run here."""
-    buckets = () if compiler.quick else tuple(proof.buckets())  # OpenVINO compiles for all shapes at once
-    return Request(model, compiler, buckets, proof.samples, max_batch, threads, precision)
+    """Return the request for a network's plan, in fp32 where the precision is not to be had.
+
+    Raises EngineError where the backend cannot run here.
+    """
+    if precision != "auto" and precision not in compiler.precisions(model):
+        logger.warning("%s cannot run in %s on %s: it runs in fp32", model.card.name, precision, compiler.backend)
+        precision = "fp32"
+    return Request(model, compiler, tuple(proof.buckets()), proof.samples, max_batch, threads, precision)
 
 
 def prove(request: Request, kept: Kept) -> str:
-    """Load a plan and compare it with ONNX Runtime; return why it must not be used, empty where it may."""
-    try:
-        with closing(request.load(kept)) as engine:
-            reference = OnnxEngine(request.model, threads=request.threads)
-            least = least_db(request.model.card, kept.record.precision)
-            return compare(engine, reference, request.samples(), least_db=least).refused
-    except EngineError as exc:
-        return str(exc)
+    """Load a plan and compare it with ONNX Runtime; return why it must not be used, empty where it may.
+
+    Raises EngineError where it cannot be compared.
+    """
+    with closing(request.load(kept)) as engine:
+        reference = OnnxEngine(request.model, threads=request.threads)
+        least = least_db(request.model.card, kept.record.precision)
+        return compare(engine, reference, request.samples(), least_db=least).refused
+
+
+def settle(engine: Engine) -> Engine:
+    """Go over to a plan that is done, where one is being built; return what runs now."""
+    if isinstance(engine, ServingEngine):
+        engine.take_over()
+    return running(engine)
+
+
+def running(engine: Engine) -> Engine:
+    """Return what runs now, which stays the same whatever another thread does."""
+    return engine.current if isinstance(engine, ServingEngine) else engine
 
 
 def building(engine: Engine) -> Building | None:
@@ -139,9 +162,14 @@ def building(engine: Engine) -> Building | None:
     return engine.building() if isinstance(engine, ServingEngine) else None
 
 
-def _of_plan(request: Request, kept: Kept) -> Engine | None:
-    """Return the plan's engine, None where its record says that the fallback is the better. Raises EngineError."""
-    return request.load(kept) if kept.record.precision else None
+def _of_plan(request: Request, kept: Kept, backend: Backend) -> Engine | None:
+    """Return the plan's engine, None where there is none or, unless the backend is insisted on, it does not pay.
+
+    Raises EngineError.
+    """
+    record = kept.record
+    wanted = bool(record.precision) and (record.pays or backend != "auto" or request.precision != "auto")
+    return request.load(kept) if wanted else None
 
 
 _Load = Callable[[Model, int | None, int], Engine]

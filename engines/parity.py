@@ -16,6 +16,8 @@ LEAST_DB = 40.0
 """PSNR that images, maps and points must reach."""
 LEAST_COSINE = 0.999
 """What embeddings must reach."""
+MOST_APART = 0.1
+"""Of a detector: share of an output's span by which a single value may differ, as a face is a few values of a map."""
 LARGEST_BATCH = 64
 
 Sample = Mapping[str, np.ndarray]
@@ -70,6 +72,9 @@ def compare(engine: Engine, reference: Engine, samples: Sequence[Sample], *, lea
                     worst, cases = min(worst, likeness), cases + 1
                     if likeness < least:
                         return Parity(worst, unit, cases, f"{where} is {likeness:.4g} {unit} like ONNX Runtime's")
+                    apart = float(np.abs(here - truth).max()) / max(float(np.ptp(truth)), 1e-9)
+                    if card.task == "detection" and apart > MOST_APART:
+                        return Parity(worst, unit, cases, f"{where} has a value {apart:.0%} of the span off")
     return Parity(float(worst), unit, cases, "")
 
 

@@ -13,13 +13,15 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import onnxruntime
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from engines.engine import Engine, EngineError
@@ -51,6 +53,10 @@ class Compiler(Protocol):
 
     backend: str
     """What its engines say they run on: openvino-cpu | tensorrt | tensorrt-rtx | tensorrt-lean."""
+    mixes: frozenset[str]
+    """Precisions beside which single layers can stay in fp32."""
+    builds: bool
+    """Whether it can build; else it loads what was built elsewhere."""
     quick: bool
     """Whether compiling takes seconds: all precisions are tried then and the fastest kept, else the first to pass."""
 
@@ -59,6 +65,10 @@ class Compiler(Protocol):
 
         Plans are loaded only where all of this is equal. Raises EngineError where the backend cannot run here.
         """
+        ...
+
+    def watch(self, tell: Callable[[str, float], None]) -> None:
+        """Tell what the next build does, and what share of it is behind, where the backend says so."""
         ...
 
     def precisions(self, model: Model) -> tuple[str, ...]:
@@ -127,7 +137,7 @@ class Record(BaseModel):
     backend: str
     """What runs the plan."""
     precision: str
-    """Of the plan; empty: nothing passed, or ONNX Runtime is the faster here, and there is no plan to load."""
+    """Of the plan; empty: nothing passed, and there is none."""
     facts: dict[str, str]
     """What it depends on beside the network."""
     plan_sha256: str = ""
@@ -137,9 +147,17 @@ class Record(BaseModel):
     build_s: float
     """Seconds that it took, with its proof."""
     reference_ms: float | None = None
-    """Milliseconds of ONNX Runtime for the same sample."""
+    """Milliseconds of ONNX Runtime on the processor for the same sample."""
+    raced: bool = False
+    """Whether the plan runs on the processor too, so that ONNX Runtime may be the better."""
     attempts: tuple[Attempt, ...] = ()
     """All that were tried, in order."""
+
+    @property
+    def pays(self) -> bool:
+        """Whether there is a plan, and ONNX Runtime was not the faster where both were timed on a processor."""
+        chosen = self.chosen
+        return chosen is not None and not (self.raced and (chosen.ms or 0.0) > (self.reference_ms or 0.0))
 
     @property
     def chosen(self) -> Attempt | None:
@@ -155,16 +173,19 @@ class Kept:
     plan: bytes
 
 
-def plan_key(model: Model, backend: str, facts: Mapping[str, str], buckets: Sequence[Bucket], wish: str) -> str:
-    """Return the key of a plan: the sha256, in hex, of everything that it depends on."""
+def plan_key(
+    model: Model, backend: str, facts: Mapping[str, str], buckets: Sequence[Bucket], wish: str, max_batch: int
+) -> str:
+    """Return the key of a plan: the sha256, in hex, of everything that it, its proof and its record depend on."""
     depends = {
         "onnx": model.sha256,
-        "inputs": [spec.shape for spec in model.card.inputs],  # its batch axis may have been freed
-        "exporter": model.card.exporter,
+        "card": model.card.model_dump(mode="json"),  # it may lie beside the file
         "backend": backend,
         "facts": dict(facts),
         "buckets": [bucket.shapes for bucket in buckets],
         "precision": wish,
+        "max_batch": max_batch,
+        "onnxruntime": onnxruntime.__version__,  # what it is compared with
         "layout": 1,  # of this record and of what is compared: an older one is not trusted
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True, default=dict).encode()).hexdigest()
@@ -176,8 +197,9 @@ class PlanStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, key: str) -> Kept | None:
-        """Return a plan that may be loaded, or None. One that is damaged or not ours is removed, with a warning."""
+    def find(self, key: str, *, discard: bool = True) -> Kept | None:
+        """Return a plan that may be loaded, or None. One that is damaged is removed, with a warning, unless `discard`
+        is False."""
         place = self.folder / key
         if not place.exists():
             return None
@@ -189,13 +211,13 @@ class PlanStore:
             logger.warning("%s", exc)
             return None
         except (OSError, ValidationError, ValueError):
-            self._discard(place, "its record cannot be read")
+            self._discard(place, "its record cannot be read", discard)
             return None
         if record.key != key:
-            self._discard(place, "it was made under another key")
+            self._discard(place, "it was made under another key", discard)
             return None
         if record.precision and (record.chosen is None or hashlib.sha256(plan).hexdigest() != record.plan_sha256):
-            self._discard(place, "its bytes are not those that passed")
+            self._discard(place, "its bytes are not those that passed", discard)
             return None
         return Kept(record, plan)
 
@@ -227,10 +249,20 @@ class PlanStore:
             shutil.rmtree(self._unfinished(key), ignore_errors=True)  # of a build that was killed
             yield
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the right to be the only builder: builds on one GPU would disturb each other's timing."""
+        with (self.folder / ".alone.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def held(self) -> list[str]:
+        """Return the keys of what lies here."""
+        return sorted(path.name for path in self.folder.glob("*") if re.fullmatch("[0-9a-f]{64}", path.name))
+
     def records(self) -> list[Record]:
         """Return the records of all plans that may be loaded, by network and backend."""
-        keys = sorted(path.name for path in self.folder.glob("[0-9a-f]*") if path.is_dir())
-        kept = [found.record for key in keys if (found := self.find(key))]
+        kept = [found.record for key in self.held() if (found := self.find(key))]
         return sorted(kept, key=lambda record: (record.network, record.backend, record.built_at))
 
     def remove(self, key: str) -> None:
@@ -248,9 +280,13 @@ class PlanStore:
         if stat.S_IMODE(known.st_mode) & 0o022:
             raise EngineError(f"{self.folder} can be written to by others: plans in it are not loaded (chmod 700)")
 
-    def _discard(self, place: Path, why: str) -> None:
-        logger.warning("plan %s is not loaded: %s; it is built anew", place.name[:12], why)
-        shutil.rmtree(place, ignore_errors=True)
+    def _discard(self, place: Path, why: str, discard: bool) -> None:
+        logger.warning("plan %s is not loaded: %s", place.name[:12], why)
+        if not discard:
+            return
+        with contextlib.suppress(OSError), (self.folder / f".{place.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who builds it puts a new one into its place anyway
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _write(path: Path, content: bytes) -> None:

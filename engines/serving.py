@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 
 class ServingEngine:
-    """An engine whose backend may change between two runs, never within one.
+    """An engine whose backend changes when `take_over` is called, and only then.
 
-    It is used by one thread, as any engine; `building` may be asked by another.
+    It is used by one thread, as any engine; `building` and `current` may be asked by another.
     """
 
     def __init__(self, fallback: Engine, build: Build, load: Callable[[Record], Engine | None]) -> None:
@@ -50,7 +50,6 @@ class ServingEngine:
 
     def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Return the outputs by name. Raises EngineError."""
-        self._take_over()
         return self._engine.run(**inputs)
 
     def building(self) -> Building | None:
@@ -64,10 +63,18 @@ class ServingEngine:
             self._build.stop()
         self._engine.close()
 
-    def _take_over(self) -> None:
-        if self._build is None or (outcome := self._build.outcome()) is None:
+    @property
+    def current(self) -> Engine:
+        """What runs now."""
+        return self._engine
+
+    def take_over(self) -> None:
+        """Go over to the plan if it is built and proven."""
+        build = self._build
+        if build is None or (outcome := build.outcome()) is None:
             return
         self._build = None
+        build.stop()
         if not isinstance(outcome, Record):
             return
         try:

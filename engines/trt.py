@@ -59,6 +59,7 @@ def gpu_found() -> bool:
 class TensorRtCompiler:
     """Makes and loads TensorRT plans (see engines.plan.Compiler)."""
 
+    mixes = frozenset({"fp16", "bf16"})
     quick = False
 
     def __init__(
@@ -93,6 +94,11 @@ class TensorRtCompiler:
         self._workspace_mb = workspace_mb
         self._level = level
         self._progress = progress
+        self.builds = found != "tensorrt-lean"
+
+    def watch(self, tell: Progress) -> None:
+        """Tell what the next build does, and what share of it is behind, 0..1; from threads of TensorRT."""
+        self._progress = tell
 
     def facts(self) -> dict[str, str]:
         """Return what a plan depends on. A portable one: TensorRT's major version and the GPU's capability alone, so
@@ -206,15 +212,22 @@ class TensorRtCompiler:
         return config
 
     def _use_timings(self, config: Any, path: Path) -> None:
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        try:
+            known = path.read_bytes()
+        except OSError:
+            known = b""
+        cache = config.create_timing_cache(known)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
     def _keep_timings(self, config: Any) -> None:
         if self._timing_cache:
             partial = self._timing_cache.with_name(f"{self._timing_cache.name}.{os.getpid()}")
-            partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-            partial.replace(self._timing_cache)
+            try:
+                partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+                partial.replace(self._timing_cache)
+            except OSError as exc:
+                logger.warning("%s: TensorRT's timings are not kept: %s", self._timing_cache, exc.strerror)
 
     def _add_profile(self, builder: Any, config: Any, bucket: Bucket, model: Model) -> None:
         profile = builder.create_optimization_profile()
@@ -466,15 +479,17 @@ class _Ready:
         _call(cuda.cudaStreamBeginCapture, self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         enqueued = self._context.execute_async_v3(int(self._stream))
         error, graph = cuda.cudaStreamEndCapture(self._stream)
+        made = None
+        if error == cuda.cudaError_t.cudaSuccess:
+            if enqueued:
+                error, made = cuda.cudaGraphInstantiate(graph, 0)
+            _call(cuda.cudaGraphDestroy, graph)
         if not enqueued or error != cuda.cudaError_t.cudaSuccess:
             self._capture = False
             cuda.cudaGetLastError()  # else the next check of anybody finds it
             logger.warning("%s runs without CUDA graphs: it cannot be captured: %s", self._name, self._log.said())
             return None
-        try:
-            return _call(cuda.cudaGraphInstantiate, graph, 0)
-        finally:
-            _call(cuda.cudaGraphDestroy, graph)
+        return made
 
 
 def padded_batch(n: int, least: int, most: int) -> int:

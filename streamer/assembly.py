@@ -29,7 +29,7 @@ from streamer.tracker import FaceTracker
 
 logger = logging.getLogger(__name__)
 
-_CROPS_ON_A_CPU = 8  # more would gain little, and a stop waits for one batch
+_CROPS_ON_A_CPU = 8  # more would gain little
 _CROPS_ON_A_GPU = 64
 _CAMERAS_A_CORE = 10  # 1080p at 25 frames a second: 9 % of a core for decoding, 1 % for the rest
 _FRAMES_A_BATCH = 4  # a frame on the detector's canvas is 6 MB; what a network makes of it is many times that
@@ -103,24 +103,30 @@ class Networks:
 
     def _freed(self, model: Model) -> Model:
         """Return a network that was exported for one image at a time with a free batch axis, where that is exact."""
-        freed = rebatch(model, self._store.cache / "rebatched") if self._plans else None
+        try:
+            freed = rebatch(model, self._store.cache / "rebatched") if self._plans else None
+        except ModelError as exc:
+            logger.warning("%s runs for one image at a time: %s", model.card.name, exc)
+            return model
         return freed or model
 
     def _sides(self, model: Model, max_size: int, buckets: Sequence[int] | None) -> Sequence[int] | None:
         """Return the sides that a restorer is fed with: a plan for a GPU has its shapes, whatever the config says."""
-        return buckets or (input_sides(model.card, max_size) if self._plans and on_gpu(self._backend) else None)
+        if not (self._plans and on_gpu(self._backend)):
+            return buckets
+        possible = input_sides(model.card, max_size)
+        return sorted({*buckets, possible[-1]}) if buckets else possible
 
     def _load(self, wanted: Wanted) -> Engine:
         model = wanted.model
         logger.info(license_notice(model))
-        backend: Backend = self._backend
-        if model.card.task == "detection" and backend == "auto" and not on_gpu(backend) and self._plans is None:
-            # the faster of the two for this one (CenterFace at 960: 114 against 132 ms); a plan is timed here
-            backend = "onnxruntime"
+        # without a plan, which is timed, the faster of the two for this one (CenterFace at 960: 114 against 132 ms)
+        detects = model.card.task == "detection" and self._backend == "auto"
         try:
             engine = load_engine(
-                model, backend=backend, precision=self._precision, threads=self._threads, max_batch=wanted.max_batch,
-                plans=self._plans, proof=wanted.proof,
+                model, backend=self._backend, precision=self._precision, threads=self._threads,
+                max_batch=wanted.max_batch, plans=self._plans, proof=wanted.proof,
+                otherwise="onnxruntime" if detects else None,
             )  # fmt: skip
         except EngineError as exc:  # a file that does not load is the user's to mend
             raise ModelError(str(exc)) from exc
@@ -154,7 +160,7 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
         min_size_px=config.selector.min_size_px, retry_s=config.selector.retry_s, margin=config.selector.margin
     )
     router = make_router(restorer, max_size=config.restorer.max_size)
-    return Stages(detector, trackers, selector, router, restorer, embedder, networks.crops_a_batch)
+    return Stages(detector, trackers, selector, router, restorer, embedder)
 
 
 def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:

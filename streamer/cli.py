@@ -20,7 +20,7 @@ import typer
 from engines.card import CardError
 from engines.compile import Request
 from engines.engine import EngineError, ModelError
-from engines.load import Plans, default_plans
+from engines.load import Plans, default_plans, on_gpu
 from engines.plan import PlanStore
 from engines.store import ModelStore, default_store
 from streamer import __version__, photos, plans
@@ -211,7 +211,8 @@ def restore(
         raise photos.PhotoError(f"--{'fuse' if fuse else 'parts'} wants a --guide")
     paths = photos.gather(inputs)
     photos.refuse_overwriting([*paths, *(guide or [])], out, crops=crops)
-    networks = Networks(_store(offline), plans=Plans(default_plans(), build=False))
+    # a plan for a GPU has the sizes of a run; here a network that is named runs at any
+    networks = Networks(_store(offline), plans=None if on_gpu("auto") else Plans(default_plans(), build=False))
     finder = None if crops else networks.detector(detector)
     if guide:
         guided = networks.guided_restorer(restorer or "gfrnet")

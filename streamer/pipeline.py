@@ -17,7 +17,8 @@ from functools import partial
 
 import numpy as np
 
-from engines.load import building
+from engines.engine import Engine
+from engines.load import building, running, settle
 from streamer import __version__
 from streamer.camera import Camera
 from streamer.detector import FaceDetector
@@ -51,6 +52,7 @@ from streamer.types import (
 logger = logging.getLogger(__name__)
 
 FRAMES_A_BATCH = 8
+CROPS_ON_A_CPU = 8
 EVENTS_A_BATCH = 8
 STATUS_EVERY_S = 5.0
 _LOOK_EVERY_S = 0.25
@@ -74,8 +76,12 @@ class Stages:
     router: RestorerRouter
     restorer: FaceRestorer | None
     embedder: FaceEmbedder | None
-    crops_a_batch: int = 8
-    """How many crops are identified together, at most."""
+
+    @property
+    def crops_a_batch(self) -> int:
+        """How many crops are identified together, at most: a stop waits for one batch of them."""
+        engine = self.restorer.engine if self.restorer else None
+        return CROPS_ON_A_CPU if engine is None or engine.backend.endswith("-cpu") else engine.max_batch
 
     def close(self) -> None:
         """Free the networks, and end the plans that are being built for them."""
@@ -267,6 +273,7 @@ class Pipeline:
     def _detect(self, frames: Sequence[Frame]) -> list[Detections]:
         if not frames:
             return []
+        settle(self._stages.detector.engine)
         with self.metrics.stage("detect", len(frames)):
             return self._stages.detector.detect([frame.image for frame in frames])
 
@@ -310,11 +317,14 @@ class Pipeline:
         restorations: list[Restoration | None] = [None] * len(crops)
         if restorer is None or not chosen:
             return restorations
+        engine = settle(restorer.engine)
+        before = restorer.pixels_own, restorer.pixels_run
         with self.metrics.stage("restore", len(chosen)):
             results = restorer.restore([crops[index].image for index in chosen])
+        self.metrics.count("pixels_own", restorer.pixels_own - before[0])
+        self.metrics.count("pixels_run", restorer.pixels_run - before[1])
         for index in chosen:
             self.metrics.face_size(max(crops[index].image.shape[:2]))
-        engine = restorer.engine
         for index, (image, scale) in zip(chosen, results, strict=True):
             restorations[index] = Restoration(
                 image, engine.card.name, engine.sha256, scale, engine.backend, engine.precision
@@ -334,6 +344,7 @@ class Pipeline:
             for crop, restoration in zip(crops, restorations, strict=True)
             if restoration is not None
         ]
+        settle(embedder.engine)
         with self.metrics.stage("embed", len(faces)):
             embedded = embedder.embed(faces)
         blind = iter(embedded[len(crops) :])
@@ -366,18 +377,7 @@ class Pipeline:
             "restorer": self._stages.restorer,
             "embedder": self._stages.embedder,
         }
-        engines = {
-            stage: {
-                "model": part.engine.card.name,
-                "sha256": part.engine.sha256,
-                "backend": part.engine.backend,
-                "precision": part.engine.precision,
-                "license": part.engine.card.license,
-                **({"plan": part.engine.plan[:12]} if part.engine.plan else {}),
-            }
-            for stage, part in parts.items()
-            if part is not None
-        }
+        engines = {stage: _described(running(part.engine)) for stage, part in parts.items() if part is not None}
         metrics = self.metrics
         return SystemStatus(
             state, __version__, engines, metrics.batch_sizes(), metrics.stage_seconds(), metrics.counts(),
@@ -396,3 +396,14 @@ class Pipeline:
 def _being_built(part: FaceDetector | FaceRestorer | FaceEmbedder | None) -> Building | None:
     known = building(part.engine) if part else None
     return Building(known.step, known.share, known.eta_s) if known else None
+
+
+def _described(engine: Engine) -> dict[str, str]:
+    described = {
+        "model": engine.card.name,
+        "sha256": engine.sha256,
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "license": engine.card.license,
+    }
+    return described | ({"plan": engine.plan[:12]} if engine.plan else {})

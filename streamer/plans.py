@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from engines.compile import Request, make, told
 from engines.engine import EngineError
@@ -38,13 +37,15 @@ def compile_plans(
     whole = True
     for wish in wishes:
         name, key = wish.model.card.name, wish.key
-        if kept := store.find(key):
+        kept = store.find(key)
+        if kept and kept.record.precision:
             say(f"{name}: there is one already: {told(kept.record)[-1]}")
             continue
+        store.remove(key)  # what failed is tried anew
         record = make(wish, store, lambda what, share, name=name: tell(name, what, share))  # type: ignore[misc]
         for line in told(record):
             say(line)
-        whole &= any(not attempt.refused for attempt in record.attempts)
+        whole &= bool(record.precision)
     return whole
 
 
@@ -53,16 +54,20 @@ def add_plans(wishes: Sequence[Request], carried: PlanStore, store: PlanStore, s
 
     Return whether all passed. Raises PlanError where none is for these networks.
     """
-    found = [(wish, kept) for wish in wishes for kept in _carried(carried) if kept.record.sha256 == wish.model.sha256]
-    if not found:
+    brought = _carried(carried)
+    found = [(wish, [kept for kept in brought if kept.record.sha256 == wish.model.sha256]) for wish in wishes]
+    if not any(choices for _, choices in found):
         names = ", ".join(wish.model.card.name for wish in wishes)
         raise PlanError(f"{carried.folder} holds no plan for {names}")
     whole = True
-    for wish, kept in found:
-        record = make(wish, store, lambda what, share: None, given=kept)
-        for line in told(record):
-            say(line)
-        whole &= bool(record.precision)
+    for wish, choices in found:
+        passed = not choices
+        for kept in choices:
+            record = make(wish, store, lambda what, share: None, given=kept)
+            for line in told(record):
+                say(line)
+            passed |= bool(record.precision)
+        whole &= passed
     return whole
 
 
@@ -75,7 +80,7 @@ def check_plans(wishes: Sequence[Request], store: PlanStore, say: Say) -> bool:
             say(f"{name}: no plan yet; `streamer engines compile` makes it")
         elif not kept.record.precision:
             say(told(kept.record)[-1])
-        elif refused := prove(wish, kept):
+        elif refused := prove(wish, kept):  # what cannot even be compared is raised, and the plan stays
             store.remove(wish.key)
             say(f"{name}: the plan {kept.record.key[:12]} fails and is removed: {refused}")
             whole = False
@@ -88,7 +93,8 @@ def lines(records: Sequence[Record]) -> Iterator[str]:
     """Return a line for each plan."""
     for record in records:
         chosen = record.chosen
-        known = "no plan: ONNX Runtime is better" if chosen is None else f"{chosen.worst:.4g} {chosen.unit} at worst"
+        known = "nothing passed" if chosen is None else f"{chosen.worst:.4g} {chosen.unit} at worst"
+        known += "" if chosen is None or record.pays else "; ONNX Runtime is the faster"
         pace = (
             ""
             if chosen is None or chosen.ms is None
@@ -101,8 +107,9 @@ def lines(records: Sequence[Record]) -> Iterator[str]:
 
 
 def _compiler(backend: Backend, portable: bool) -> Compiler:
-    if portable and backend == "auto":
-        backend = "tensorrt"
+    if portable and backend not in ("auto", "tensorrt"):
+        raise PlanError(f"engine.backend: {backend} makes no portable plans; tensorrt does")
+    backend = "tensorrt" if portable else backend
     try:
         compiler = make_compiler(backend, portable=portable)
         if compiler is not None:
@@ -117,5 +124,5 @@ def _compiler(backend: Backend, portable: bool) -> Compiler:
 
 
 def _carried(store: PlanStore) -> list[Kept]:
-    keys: list[Path] = sorted(store.folder.glob("[0-9a-f]*"))
-    return [kept for key in keys if (kept := store.find(key.name)) and kept.record.precision]
+    found = (store.find(key, discard=False) for key in store.held())
+    return [kept for kept in found if kept and kept.record.precision]

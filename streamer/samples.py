@@ -116,7 +116,7 @@ def _restorer_samples(model: Model, max_size: int, sides: Sequence[int] | None) 
 
 def _crop_sides(card: NetworkCard, max_size: int, sides: Sequence[int] | None) -> list[int]:
     """Return sides of crops whose results are not too large; with buckets, some that fill each of them."""
-    possible = [side for side in range(8, max_size + 1) if min(card.scales) * side <= max_size]
+    possible = [side for side in range(2, max_size + 1) if min(card.scales) * side <= max_size]
     if sides is None:
         return [side for side in _CROP_SIDES if side in possible] or possible[-1:]
     fed = {side: input_side(card, side, max_size) for side in possible}

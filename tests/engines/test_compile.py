@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import resource
@@ -20,7 +21,7 @@ from onnx import numpy_helper
 
 from engines.card import NetworkCard
 from engines.compile import Build, Request, make, told
-from engines.engine import EngineError
+from engines.engine import Engine, EngineError
 from engines.load import Plans, Proof, building, load_engine
 from engines.ort import OnnxEngine
 from engines.ov import OpenVinoCompiler, openvino_installed
@@ -68,6 +69,7 @@ def quiet(what: str, share: float) -> None:
 class Breaking(OpenVinoCompiler):
     """OpenVINO, but in one precision the convolution's weights are others, unless that layer is kept."""
 
+    mixes = frozenset({"bf16"})
     change: Callable[[np.ndarray], np.ndarray]
     breaks: str = "bf16"
     offered: tuple[str, ...] = ("bf16", "fp32")
@@ -154,7 +156,7 @@ def test_a_corrupt_plan_is_refused_in_one_line(model: Model) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_where_onnx_runtime_is_the_faster_no_plan_is_kept_and_it_is_not_tried_again(
+def test_where_onnx_runtime_is_the_faster_the_plan_is_not_used_unless_it_is_insisted_on(
     model: Model, store: PlanStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paces = {"onnxruntime-cpu": 1.0, "openvino-cpu": 2.0}
@@ -162,10 +164,63 @@ def test_where_onnx_runtime_is_the_faster_no_plan_is_kept_and_it_is_not_tried_ag
 
     record = make(request(model, precision="auto"), store, quiet)
 
-    assert record.precision == "" and not record.attempts[-1].refused
-    assert "ONNX Runtime is the faster here" in told(record)[-1]
-    engine = load_engine(model, threads=1, max_batch=4, plans=Plans(store), proof=PROOF)
-    assert engine.backend == "onnxruntime-cpu" and not isinstance(engine, ServingEngine)
+    assert not record.pays and "ONNX Runtime is the faster here, and runs unless" in told(record)[-1]
+    served, insisted = (
+        load_engine(model, backend=backend, threads=1, max_batch=4, plans=Plans(store), proof=PROOF)
+        for backend in ("auto", "openvino")
+    )
+    assert (served.backend, served.plan) == ("onnxruntime-cpu", "")
+    assert (insisted.backend, insisted.plan) == ("openvino-cpu", record.key)
+    assert not isinstance(served, ServingEngine) and not isinstance(insisted, ServingEngine)
+
+
+def test_without_anything_to_prove_it_on_there_is_no_plan_and_no_verdict(model: Model, store: PlanStore) -> None:
+    with pytest.raises(EngineError, match="nothing to prove its plan on"):
+        make(request(model, samples=list), store, quiet)
+
+    assert store.records() == []
+
+
+def test_what_could_not_even_be_compared_is_no_verdict(model: Model, store: PlanStore) -> None:
+    class OutOfMemory(OpenVinoCompiler):
+        def load(self, *given: object, **how: object) -> Engine:
+            raise EngineError("out of memory")
+
+    with pytest.raises(EngineError, match="out of memory"):
+        make(request(model, compiler=OutOfMemory()), store, quiet)
+
+    assert store.records() == []
+
+
+def test_a_plan_that_does_not_load_at_the_start_leaves_the_app_without_it(
+    model: Model, store: PlanStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = make(request(model), store, quiet)
+    with store.building(record.key):
+        broken = b"no plan that OpenVINO knows"
+        store.keep(record.model_copy(update={"plan_sha256": hashlib.sha256(broken).hexdigest()}), broken)
+
+    engine = load_engine(
+        model, backend="openvino", precision="fp32", threads=1, max_batch=4, plans=Plans(store), proof=PROOF
+    )
+
+    assert engine.plan == "" and "no plan: " in caplog.text
+    assert engine.run(image=np.zeros((1, 3, 8, 8), np.float32))["result"].shape == (1, 3, 8, 8)
+
+
+def test_a_precision_that_is_not_to_be_had_here_is_said_and_fp32_runs(
+    model: Model, store: PlanStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    make(request(model), store, quiet)
+
+    engine = load_engine(
+        model, backend="openvino", precision="int8", threads=1, max_batch=4, plans=Plans(store), proof=PROOF
+    )
+
+    assert engine.precision == "fp32" and engine.plan == request(model).key
+    assert "tiny cannot run in int8 on openvino-cpu: it runs in fp32" in caplog.text
+    with pytest.raises(EngineError, match="OpenVINO has no fp16"):
+        OpenVinoCompiler().build(model, "fp16", (), threads=1)
 
 
 # Beside the running app
@@ -195,11 +250,13 @@ def test_the_app_runs_at_once_and_goes_over_between_two_batches(
     ends = time.monotonic() + 120
     while building(first) is not None and time.monotonic() < ends:
         time.sleep(0.05)
+    assert first.run(image=feed)["result"].tobytes() == before.tobytes()  # not within a run
+    first.take_over()
     after = first.run(image=feed)["result"]
     np.testing.assert_allclose(after, before, atol=1e-4)
     record = store.records()[0]
-    assert first.plan == (record.key if record.precision else "")
-    assert first.backend == ("openvino-cpu" if record.precision else "onnxruntime-cpu")
+    assert first.plan == (record.key if record.pays else "")
+    assert first.backend == ("openvino-cpu" if record.pays else "onnxruntime-cpu")
     assert "tiny on openvino-cpu in fp32 passes" in caplog.text
     for each in (engine, first):
         each.close()
@@ -212,7 +269,7 @@ def test_the_second_start_loads_the_plan_and_builds_nothing(model: Model, store:
     engine = load_engine(model, backend="openvino", threads=1, max_batch=4, plans=Plans(store), proof=PROOF)
 
     assert not isinstance(engine, ServingEngine) and building(engine) is None
-    assert engine.plan == (record.key if record.precision else "")
+    assert engine.plan == record.key
 
 
 def test_offline_builds_nothing_and_says_once_which_command_does(
@@ -223,7 +280,7 @@ def test_offline_builds_nothing_and_says_once_which_command_does(
     engine = load_engine(model, threads=1, plans=Plans(store, build=False), proof=PROOF)
 
     assert engine.plan == "" and not isinstance(engine, ServingEngine) and not store.folder.exists()
-    assert caplog.text.count("`streamer engines compile` makes it") == 1
+    assert caplog.text.count("`streamer engines compile` brings it") == 1
 
 
 def test_a_plan_that_vanishes_before_it_is_taken_over_leaves_the_fallback(
@@ -235,7 +292,7 @@ def test_a_plan_that_vanishes_before_it_is_taken_over_leaves_the_fallback(
         time.sleep(0.05)
     if store.records()[0].precision:
         store.remove(store.records()[0].key)
-        engine.run(image=np.zeros((1, 3, 8, 8), np.float32))
+        engine.take_over()
         assert "its plan does not load" in caplog.text and engine.plan == ""
     engine.close()
 
@@ -316,3 +373,26 @@ def _samples_counted(note: Path) -> Sequence[Sample]:
     with note.open("a") as file:
         file.write("asked\n")
     return samples()
+
+
+def _app(wanted: Request, folder: Path, note: Path) -> None:
+    build = Build(wanted, PlanStore(folder))
+    note.write_text(str(build._process.pid))
+    time.sleep(600)
+
+
+def test_an_app_that_is_killed_takes_its_builds_with_it(model: Model, store: PlanStore, tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    app = SPAWN.Process(target=_app, args=(request(model, samples=slow_samples), store.folder, note))
+    app.start()
+    ends = time.monotonic() + 60
+    while not [*store.folder.glob(".*.lock")] and time.monotonic() < ends:
+        time.sleep(0.05)
+
+    app.kill()
+    app.join(30)
+
+    while Path(f"/proc/{note.read_text()}/cmdline").exists() and time.monotonic() < ends:
+        time.sleep(0.05)
+    state = Path(f"/proc/{note.read_text()}/stat")
+    assert not state.exists() or " Z " in state.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -30,8 +31,6 @@ def store(tmp_path: Path) -> PlanStore:
 
 
 def record(key: str, plan: bytes = PLAN, **changes: object) -> Record:
-    import hashlib
-
     given = {
         "key": key, "network": "tiny", "sha256": "0" * 64, "backend": "openvino-cpu", "precision": "fp32",
         "facts": FACTS, "plan_sha256": hashlib.sha256(plan).hexdigest(), "built_at": "2026-11-22T00:00:00+00:00",
@@ -50,19 +49,26 @@ def kept(store: PlanStore, key: str = "a" * 64, **changes: object) -> Path:
 
 
 def test_a_key_is_the_same_for_the_same_and_another_for_whatever_a_plan_depends_on(model: Model) -> None:
-    key = plan_key(model, "openvino-cpu", FACTS, [BUCKET], "auto")
+    def key_of(
+        model: Model = model, backend: str = "openvino-cpu", facts: dict[str, str] = FACTS, **changes: object
+    ) -> str:
+        given = {"buckets": [BUCKET], "wish": "auto", "max_batch": 8, **changes}
+        return plan_key(model, backend, facts, **given)
+
+    key = key_of()
     wider = Bucket({"image": (*BUCKET.shapes["image"][:2], (8, 3, 256, 256))})
     other_card = model.card.model_copy(update={"exporter": "2"})
 
-    assert key == plan_key(model, "openvino-cpu", dict(reversed(FACTS.items())), [BUCKET], "auto")
+    assert key == key_of(facts=dict(reversed(FACTS.items())))
     others = [
-        plan_key(Model(model.path, "f" * 64, model.card), "openvino-cpu", FACTS, [BUCKET], "auto"),
-        plan_key(Model(model.path, model.sha256, other_card), "openvino-cpu", FACTS, [BUCKET], "auto"),
-        plan_key(model, "tensorrt", FACTS, [BUCKET], "auto"),
-        plan_key(model, "openvino-cpu", FACTS, [wider], "auto"),
-        plan_key(model, "openvino-cpu", FACTS, [], "auto"),
-        plan_key(model, "openvino-cpu", FACTS, [BUCKET], "fp32"),
-        *(plan_key(model, "openvino-cpu", FACTS | {name: "x"}, [BUCKET], "auto") for name in FACTS),
+        key_of(Model(model.path, "f" * 64, model.card)),
+        key_of(Model(model.path, model.sha256, other_card)),
+        key_of(backend="tensorrt"),
+        key_of(buckets=[wider]),
+        key_of(buckets=[]),
+        key_of(wish="fp32"),
+        key_of(max_batch=64),
+        *(key_of(facts=FACTS | {name: "x"}) for name in FACTS),
     ]
     assert len({key, *others}) == 1 + len(others)
 
@@ -131,7 +137,7 @@ def test_a_plan_that_is_damaged_foreign_or_unproven_is_removed_with_a_warning(
     assert store.find("a" * 64) is None
 
     assert not place.exists()
-    assert "is not loaded" in caplog.text and "it is built anew" in caplog.text
+    assert "is not loaded" in caplog.text
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
@@ -179,9 +185,28 @@ def test_a_new_plan_takes_the_place_of_the_old_and_leavings_of_a_killed_build_go
     assert not left.exists()
 
 
-def test_a_record_without_a_plan_says_that_the_fallback_is_better(store: PlanStore) -> None:
+def test_a_record_without_a_plan_is_kept_and_does_not_pay(store: PlanStore) -> None:
     kept(store, precision="")
 
     found = store.find("a" * 64)
 
-    assert found is not None and found.plan == b"" and found.record.chosen is None
+    assert found is not None and found.plan == b"" and found.record.chosen is None and not found.record.pays
+
+
+@pytest.mark.parametrize(("raced", "reference_ms", "pays"), [(True, 0.9, False), (True, 1.1, True), (False, 0.9, True)])
+def test_a_plan_on_the_processor_pays_where_onnx_runtime_is_not_the_faster(
+    raced: bool, reference_ms: float, pays: bool
+) -> None:
+    assert record("a" * 64, raced=raced, reference_ms=reference_ms).pays is pays
+
+
+def test_what_is_no_plan_of_ours_is_never_touched(store: PlanStore) -> None:
+    kept(store)
+    (store.folder / "docs").mkdir()
+    (store.folder / "docs" / "thesis.md").write_text("years of work")
+    (store.folder / ("b" * 64)).mkdir()
+
+    assert [each.key for each in store.records()] == ["a" * 64]
+    assert store.find("b" * 64, discard=False) is None
+
+    assert (store.folder / "docs" / "thesis.md").exists()
