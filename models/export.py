@@ -27,7 +27,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from models.checkpoint import SAME_KEY, build, load_checkpoint, shipped_weights
+from models.checkpoint import SAME_KEY, build, load_checkpoint, load_weights, shipped_weights
 from models.gfrnet import Gfrnet, GfrnetConfig
 from models.ranges import add_int8
 
@@ -48,11 +48,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("models/weights"))
     parser.add_argument("--license", required=True, help="of the weights: what the training faces allow")
     parser.add_argument("--trained-on", default="", help="what faces, in a sentence; by default the names of the sets")
+    parser.add_argument(
+        "--mix", nargs=2, metavar=("OTHER", "SHARE"),
+        help="mix its weights with SHARE (0 to 1) of those of another checkpoint or ONNX, from which its run began",
+    )  # fmt: skip
     parser.add_argument("--no-int8", action="store_true", help="measure no ranges: the network runs in float alone")
     arguments = parser.parse_args()
     path = arguments.out / f"{arguments.name}.onnx"
     try:
         state = load_checkpoint(arguments.checkpoint)
+        if arguments.mix:
+            state = mixed(state, Path(arguments.mix[0]), float(arguments.mix[1]))
     except (OSError, ValueError) as exc:
         parser.exit(2, f"{exc}\n")
     try:
@@ -65,6 +71,21 @@ def main() -> None:
             print(int8(path, state["config"]))
         except (OSError, ValueError) as exc:
             parser.exit(2, f"{path} is written, without INT8: {exc}; --no-int8 asks for none\n")
+
+
+def mixed(state: dict[str, Any], other: Path, share: float) -> dict[str, Any]:
+    """Return the checkpoint with weights that lie `share` of the way to those of `other`, a checkpoint or an ONNX.
+
+    What a run that began with `other` has gained and lost is mixed so too ("model soups", Wortsman et al., ICML 2022).
+    Raises ValueError where the two are not of one network, or the share is not from 0 to 1; FileNotFoundError.
+    """
+    ours, theirs = shipped_weights(state), load_weights(other)
+    if not 0 <= share <= 1:
+        raise ValueError(f"--mix: {share:g} is no share from 0 to 1")
+    if {name: weight.shape for name, weight in ours.items()} != {name: w.shape for name, w in theirs.items()}:
+        raise ValueError(f"--mix: {other} is not of the same network")
+    weights = {name: torch.lerp(weight.float(), theirs[name].float(), share) for name, weight in ours.items()}
+    return {**{name: value for name, value in state.items() if name != "averaged"}, "weights": weights}
 
 
 def export(state: dict[str, Any], path: Path, *, name: str, license: str, trained_on: str = "") -> None:

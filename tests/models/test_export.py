@@ -3,6 +3,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the extra train is not installed")
 
 import sys  # noqa: E402
+from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import cv2  # noqa: E402
@@ -16,9 +17,11 @@ from training import save_onnx, write_faces  # noqa: E402
 from engines.card import read_card  # noqa: E402
 from engines.int8 import quantised  # noqa: E402
 from models import ranges  # noqa: E402
+from models.checkpoint import build, save_checkpoint  # noqa: E402
 from models.dataset import FaceTensors, load_faces  # noqa: E402
-from models.export import int8  # noqa: E402
+from models.export import int8, mixed  # noqa: E402
 from models.ranges import add_int8, degraded, ends, measure_ranges  # noqa: E402
+from models.sisn import PRESETS  # noqa: E402
 
 EMBEDDER = "face-reidentification-retail-0095.onnx"
 CARD = {
@@ -174,3 +177,33 @@ def test_what_is_no_restorer_of_ours_is_one_line_and_exit_code_2(folder, tmp_pat
         said = capsys.readouterr().err
         assert (ended.value.code, said.count("\n")) == (2, 1)
         assert path.name in said
+
+
+# Mixed weights
+
+
+def test_a_checkpoint_is_mixed_with_what_its_run_began_with(tmp_path):
+    torch.manual_seed(0)
+    config = {"name": "sisn", **asdict(replace(PRESETS["small"], groups=1, blocks=1, width=8))}
+    states = [{"network": config, "weights": build(config).state_dict(), "step": 1, "config": {}} for _ in range(2)]
+    save_checkpoint(tmp_path / "before.pt", **states[1])
+
+    mix = mixed(states[0], tmp_path / "before.pt", 0.25)
+
+    for name, weight in mix["weights"].items():
+        expected = 0.75 * states[0]["weights"][name] + 0.25 * states[1]["weights"][name]
+        torch.testing.assert_close(weight, expected)
+    averaged = {"averaged": {f"module.{name}": weight for name, weight in states[0]["weights"].items()}}
+    assert mixed(averaged, tmp_path / "before.pt", 0.25)["weights"].keys() == mix["weights"].keys()
+
+
+@pytest.mark.parametrize(
+    ("share", "width", "said"), [(1.5, 8, "no share from 0 to 1"), (0.5, 16, "not of the same network")]
+)
+def test_what_cannot_be_mixed_is_said_in_one_line(tmp_path, share, width, said):
+    configs = [{"name": "sisn", **asdict(replace(PRESETS["small"], groups=1, blocks=1, width=w))} for w in (8, width)]
+    states = [{"network": config, "weights": build(config).state_dict(), "step": 1, "config": {}} for config in configs]
+    save_checkpoint(tmp_path / "other.pt", **states[1])
+
+    with pytest.raises(ValueError, match=said):
+        mixed(states[0], tmp_path / "other.pt", share)
