@@ -84,6 +84,7 @@ def test_a_file_loses_nothing_from_the_first_frame_to_the_last_event(film, confi
     counts = metrics.counts()
     assert counts["frames"] == counts["detected"] == 24
     assert counts["drops"] == 0
+    assert counts["pixels_run"] >= counts["pixels_own"] > 0
     assert [event.header.seq for event in received] == list(range(counts["published"]))
     kinds = [event.header.kind for event in received if event.topic == "face/camera0"]
     assert kinds[0] == "face.appeared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
@@ -23,10 +24,10 @@ from engines.plan import PlanStore
 from engines.serving import ServingEngine
 from engines.store import Model, cache_folder, default_store
 from streamer import wire
-from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, threads_for
 from streamer.camera import Camera
 from streamer.client import EventSubscriber
-from streamer.config import load_config
+from streamer.config import StreamerConfig, load_config
 from streamer.metrics import Metrics
 from streamer.types import Frame
 
@@ -147,6 +148,21 @@ def test_a_plan_takes_over_in_mid_stream_and_no_event_is_lost_doubled_or_out_of_
     assert states[0].building.keys() == {"detector", "restorer"}
     assert states[-1].building == {}
     assert all(len(entry["plan"]) == 12 for entry in states[-1].engines.values())
+
+
+# How networks are loaded
+
+
+def test_networks_leave_cores_to_the_decoding_of_many_cameras() -> None:
+    def config(cameras: int, **engine: object) -> StreamerConfig:
+        sources = [{"name": f"c{number}", "url": "rtsp://127.0.0.1/"} for number in range(cameras)]
+        return StreamerConfig.model_validate({"cameras": sources, "engine": engine})
+
+    cores = len(os.sched_getaffinity(0))
+    assert threads_for(config(1)) == cores
+    assert threads_for(config(12)) == max(1, cores - 1)
+    assert threads_for(config(10 * cores)) == 1
+    assert threads_for(config(12, threads=3)) == 3
 
 
 # The commands
