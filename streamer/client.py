@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _HIGH_WATER = 20
 """Events that wait here. Small: a full queue is read on at its half, and who reads nothing for 30 s is let go."""
+_LOOK_EVERY_S = 0.5
 
 
 class SubscribeError(ValueError):
@@ -111,8 +114,11 @@ class EventSubscriber:
         self._context.term()
 
     def _receive(self) -> list[bytes]:
-        if self._timeout_s is not None and not self._socket.poll(round(self._timeout_s * 1000)):
-            raise TimeoutError(f"nothing came from {self._endpoint} for {self._timeout_s:g} s")
+        ends = math.inf if self._timeout_s is None else time.monotonic() + self._timeout_s
+        # In turns: a Ctrl-C that comes just before a wait begins does not interrupt it, and is seen after it.
+        while not self._socket.poll(round(1000 * min(_LOOK_EVERY_S, max(ends - time.monotonic(), 0)))):
+            if time.monotonic() >= ends:
+                raise TimeoutError(f"nothing came from {self._endpoint} for {self._timeout_s:g} s")
         return self._socket.recv_multipart()
 
     def _follow(self, header: wire.Header) -> None:

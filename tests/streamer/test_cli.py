@@ -50,7 +50,7 @@ def publishing(endpoint: str, *messages: list[bytes]) -> Iterator[None]:
     """Send messages as soon as somebody listens."""
     with zmq.Context() as context, context.socket(zmq.XPUB) as socket, ThreadPoolExecutor(1) as pool:
         socket.bind(endpoint)
-        socket.rcvtimeo = 10_000
+        socket.rcvtimeo = 60_000  # a loaded machine is slow to start a process
 
         def send() -> None:
             while socket.recv() != b"\1":  # the subscription to all topics
@@ -104,9 +104,12 @@ def interrupted(*arguments: object, when: Callable[[subprocess.Popen[str]], obje
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
-        when(process)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        try:
+            when(process)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+        finally:
+            process.kill()  # else a test that fails would wait for it for ever
     return process.returncode, err
 
 
