@@ -100,6 +100,8 @@ class NetworkCard(BaseModel):
     """Of a restorer: how the crop is brought to the result's size before the network; none: it enlarges by itself."""
     result_size: int | None = None
     """Of a guided restorer: side in pixels of its result, to which the crop is enlarged, whatever its size."""
+    guide_laid: bool = False
+    """Of a guided restorer: whether the guide is shifted, turned and scaled until its landmarks meet the crop's."""
     size_multiple: int = 1
     """Height and width of an input image are multiples of this."""
     alignment: tuple[tuple[float, float], ...] | None = None

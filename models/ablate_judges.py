@@ -20,7 +20,7 @@ from models import degradation
 from models.dataset import FaceTensors, load_faces
 from models.degradation import SGEN_SIZES
 from models.gfrnet import VARIANTS
-from models.guided import SCALES, GuidedFaces, listed_pairs
+from models.guided import SCALES, GuidedFaces, laid_onto, listed_pairs
 from models.judges import Lpips, mps, psnr, ssim
 from models.protocols import Pair, protocol_faces, sgen_pair, sisn_pair
 from models.train_scgan import ScganRunConfig, high_faces
@@ -144,36 +144,40 @@ class GuidedJudge(Judge):
         return {**self.known, "stranger": VARIANTS[run.variant].stranger}
 
     def scores(self, network: nn.Module, run: Any) -> dict[str, list[float]]:
-        return self._scores(network, stranger=VARIANTS[run.variant].stranger)
+        return self._scores(network, stranger=VARIANTS[run.variant].stranger, laid=network.config.laid)  # type: ignore[union-attr]
 
     def inputs(self, network: nn.Module, run: Any) -> tuple[Tensor, ...]:
         face = torch.zeros(1, 3, self.side, self.side, device=self.device)
         return (face, face)
 
     def before(self) -> dict[str, list[float]]:
-        return self._scores(lambda degraded, guide: degraded, stranger=False)
+        return self._scores(lambda degraded, guide: degraded, stranger=False, laid=False)
 
     @torch.inference_mode()
-    def _scores(self, restore: Callable[[Tensor, Tensor], Tensor], *, stranger: bool) -> dict[str, list[float]]:
+    def _scores(
+        self, restore: Callable[[Tensor, Tensor], Tensor], *, stranger: bool, laid: bool
+    ) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
         for scale in SCALES:
-            for degraded, guide, truth in self._batches(scale, stranger=stranger):
+            for degraded, guide, truth in self._batches(scale, stranger=stranger, laid=laid):
                 for measure, figures in self._measured(_bgr(restore(degraded, guide)), _bgr(truth)).items():
                     found.setdefault(f"{measure} ×{scale}", []).extend(figures)
         return {measure: found[measure] for measure in self.measures if measure in found}
 
-    def _batches(self, scale: int, *, stranger: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, scale: int, *, stranger: bool, laid: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Give degraded faces, guides and truths, (n, 3, side, side) RGB in [-1, 1], in the order of the pairs."""
         rng = np.random.default_rng(_SEED)
         guides = self.faces.strangers(rng, self.rows) if stranger else self.guides
         for first in range(0, len(self.rows), _TOGETHER):
             truth, guide = (
-                self.faces.crops_of(rng, rows[first : first + _TOGETHER], self.side, vary=False).images
+                self.faces.crops_of(rng, rows[first : first + _TOGETHER], self.side, vary=False)
                 for rows in (self.rows, guides)
             )
+            if laid:
+                guide = laid_onto(truth.landmarks, guide)
             draws = degradation.generators(_SEED, first, scale, 0, device=self.device)
-            degraded = degradation.gfrnet(truth, draws, scale=scale)
-            yield _centred(degraded), _centred(guide), _centred(truth)
+            degraded = degradation.gfrnet(truth.images, draws, scale=scale)
+            yield _centred(degraded), _centred(guide.images), _centred(truth.images)
 
 
 class ScganJudge(Judge):

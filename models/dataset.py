@@ -282,6 +282,18 @@ def cut_out(images: Tensor, matrices: Tensor, side: int, mode: str = "bicubic") 
     return F.grid_sample(images, grid, mode=mode, padding_mode="border", align_corners=False)
 
 
+def similarities(points: Tensor, landmarks: Tensor) -> Tensor:
+    """Return the least-squares similarities (n, 2, 3) that take points (k, 2) or (n, k, 2) to landmarks (n, k, 2)."""
+    points = points.expand_as(landmarks)
+    middle, centre = points.mean(dim=1), landmarks.mean(dim=1)
+    p, q = points - middle[:, None], landmarks - centre[:, None]
+    size = p.square().sum(dim=(1, 2))
+    a = (p * q).sum(dim=(1, 2)) / size
+    b = (p[..., 0] * q[..., 1] - p[..., 1] * q[..., 0]).sum(dim=1) / size
+    turn = torch.stack([torch.stack([a, -b], dim=1), torch.stack([b, a], dim=1)], dim=1)
+    return torch.cat([turn, (centre - (turn @ middle[..., None])[..., 0])[..., None]], dim=2)
+
+
 def _square(face: Face, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return image, box and landmarks of the face's middle square, brought to `side`."""
     height, width = face.image.shape[:2]

@@ -30,9 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models import degradation
 from models.checkpoint import build, load_checkpoint, shipped_weights
-from models.dataset import Face, load_faces
+from models.dataset import Clean, Face, load_faces
 from models.gfrnet import VARIANTS, Gfrnet
-from models.guided import SCALES, GuidedFaces, covered, listed_pairs, next_person
+from models.guided import SCALES, GuidedFaces, covered, laid_onto, listed_pairs, next_person
 from models.judges import FaceEmbedder, Lpips, as_planes, bicubic, interval, open_session, psnr, scaled_landmarks, ssim
 from models.protocols import sisn_pair
 from models.recognition import evenly
@@ -112,7 +112,7 @@ def evaluate_guided(config: GuidedEvaluateConfig, *, command: str, unshown: Path
     drawing = GuidedCheckpoint(config.checkpoint) if config.checkpoint and network.outputs == ["restored"] else network
     variants = {name: _variant(name, path) for name, path in config.variants.items()}
     judges = _Judges(config)
-    trials = choose_trials(config, network.side)
+    trials = choose_trials(config, network.side, laid=network.laid)
     judges.know(trials)
     contests = [_contest(scale, real, trials, network, variants, judges, config.seed)
                 for real in (True, False) for scale in SCALES]  # fmt: skip
@@ -162,6 +162,7 @@ class GuidedRestorer:
         self.name, self.side = str(self.card["name"]), int(self.card["result_size"])
         if self.side % self.card["size_multiple"]:
             raise ValueError(f"{path}: its card's result_size {self.side} is no multiple of its size_multiple")
+        self.laid = bool(self.card.get("guide_laid"))
         self.outputs = [value.name for value in self._session.get_outputs()]
         self._inputs = [value.name for value in self._session.get_inputs()]
 
@@ -232,8 +233,9 @@ class Trial:
     """Whether the truth was stored smaller, so is softer than its size."""
 
 
-def choose_trials(config: GuidedEvaluateConfig, side: int) -> list[Trial]:
-    """Return the chosen pairs, people spread evenly. Raises OSError or ValueError with the place."""
+def choose_trials(config: GuidedEvaluateConfig, side: int, *, laid: bool = False) -> list[Trial]:
+    """Return the chosen pairs, people spread evenly; with `laid` guides are laid onto their faces, by the landmarks of
+    the truth. Raises OSError or ValueError with the place."""
     faces = load_faces(config.truths)
     known = GuidedFaces(faces, torch.device("cpu"))
     part = config.truths.stem if config.truths.is_file() else config.truths.name
@@ -242,10 +244,13 @@ def choose_trials(config: GuidedEvaluateConfig, side: int) -> list[Trial]:
     by_name = {face.name: face for face in faces}
     pairs = [[by_name[known.names[row]] for row in pair] for pair in rows]
     strangers = [pairs[place][1] for place in next_person(known.persons[rows[:, 0]])]
-    return [
-        Trial(*(brought(face, side) for face in (truth, guide, stranger)), enlarged=len(truth.image) < side)
-        for (truth, guide), stranger in zip(pairs, strangers, strict=True)
-    ]
+    trials = []
+    for (truth, guide), stranger in zip(pairs, strangers, strict=True):
+        face, *guides = (brought(each, side) for each in (truth, guide, stranger))
+        if laid:
+            guides = [_laid(face, each) for each in guides]
+        trials.append(Trial(face, *guides, enlarged=len(truth.image) < side))
+    return trials
 
 
 def brought(face: Face, side: int) -> Face:
@@ -258,6 +263,13 @@ def brought(face: Face, side: int) -> Face:
     times = side / width
     x1, y1, x2, y2 = (times * edge for edge in face.box)
     return replace(face, image=image, box=(x1, y1, x2, y2), landmarks=scaled_landmarks(face.landmarks, times))
+
+
+def _laid(face: Face, guide: Face) -> Face:
+    """Return the guide laid onto the face by landmarks; its box is where that of the face is."""
+    wanted, own = (torch.from_numpy(np.asarray(each.landmarks, np.float32))[None] for each in (face, guide))
+    laid = laid_onto(wanted, Clean(_tensor(guide.image), own))
+    return replace(guide, image=_image(laid.images), landmarks=laid.landmarks[0].numpy(), box=face.box)
 
 
 def damaged(face: Face, scale: int, seed: int) -> np.ndarray:

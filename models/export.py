@@ -203,6 +203,7 @@ def guided_card(config: GfrnetConfig, *, name: str, license: str, trained_on: st
         "output_range": [-1.0, 1.0],
         "enlarge": "cubic",
         "result_size": side,
+        "guide_laid": config.laid,
         "size_multiple": config.multiple,
         "license": license,
         "trained_on": trained_on,

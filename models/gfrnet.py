@@ -56,6 +56,9 @@ class GfrnetConfig:
     """How much of the first three features of RecNet's decoder is dropped in training: pix2pix's, not in the paper."""
     blocks: int = 0
     """Residual blocks on each level, down and up; the modern design has at least one, the paper's none."""
+    laid: bool = False
+    """Whether a guide comes laid onto the face: shifted, turned and scaled so that its five landmarks meet the face's
+    (`models.guided.laid_onto`). WarpNet then has only pose and expression to mend."""
     warp_grad: bool = True
     """Whether what RecNet is trained for reaches WarpNet too, as in the paper."""
 
@@ -86,8 +89,8 @@ class GfrnetConfig:
 
 PRESETS: dict[str, GfrnetConfig] = {
     "paper": GfrnetConfig(),
-    "default": GfrnetConfig(design="modern", base=32, cap=144, depth=5, norm="none", dropout=0.0, blocks=2),
-    "small": GfrnetConfig(design="modern", base=24, cap=128, depth=5, norm="none", dropout=0.0, blocks=1),
+    "default": GfrnetConfig(design="modern", base=32, cap=144, depth=5, norm="none", dropout=0.0, blocks=2, laid=True),
+    "small": GfrnetConfig(design="modern", base=24, cap=128, depth=5, norm="none", dropout=0.0, blocks=1, laid=True),
 }
 
 
@@ -347,7 +350,7 @@ class MaskedRecNet(nn.Module):
         nn.init.zeros_(self.last.weight)
         if self.mask is not None:
             nn.init.zeros_(self.mask.last.weight)
-            nn.init.constant_(self.mask.last.bias, 2)  # begins open, at 0.88
+            nn.init.constant_(self.mask.last.bias, 4)  # begins open, at 0.9
 
     def forward(self, degraded: Tensor, guide: Tensor | None) -> tuple[Tensor, Tensor | None]:
         x, mask = degraded, None
@@ -365,7 +368,11 @@ class MaskedRecNet(nn.Module):
 
 
 class Mask(nn.Module):
-    """How far the warped guide is to be trusted, pixel by pixel: (n, 1, h, w) in [0, 1], seen at 1/4 of the size."""
+    """How far the warped guide is to be trusted, pixel by pixel: (n, 1, h, w) in [0, 1], seen at 1/4 of the size.
+
+    By softsign, which learns even where it is all but shut. A sigmoid did not: an hour's training by guides that did
+    not meet their faces brought it to 1e-13, and no guide counted from then on.
+    """
 
     def __init__(self, width: int, config: GfrnetConfig) -> None:
         super().__init__()
@@ -379,7 +386,8 @@ class Mask(nn.Module):
 
     def forward(self, degraded: Tensor, warped: Tensor) -> Tensor:
         seen = self.last(self.layers(torch.cat([degraded, warped], dim=1)))
-        return torch.sigmoid(F.interpolate(seen, scale_factor=4.0, mode="bilinear", align_corners=False))
+        shown: Tensor = 0.5 + 0.5 * F.softsign(seen)
+        return F.interpolate(shown, scale_factor=4.0, mode="bilinear", align_corners=False)
 
 
 def _residual_encoder(widths: list[int], config: GfrnetConfig) -> nn.ModuleList:

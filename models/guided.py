@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models import degradation
 from models.batches import psnr
-from models.dataset import Clean, Face, FaceTensors, cut_out, mirrored
+from models.dataset import Clean, Face, FaceTensors, cut_out, mirrored, similarities
 from models.degradation import Damage, Generators, Shares, stored
 from models.gfrnet import Gfrnet, Guided
 from models.gfrnet_losses import POINTS, GuidedBatch, landmark_loss
@@ -108,6 +108,11 @@ class GuidedDiet:
     """Whether exposure, contrast and tint are varied, of face and guide each on its own."""
     damage: Shares
     """How often surveillance faces suffer from what."""
+    laid: bool = False
+    """Whether guides are laid onto their faces by landmarks, as the network wants them (`GfrnetConfig.laid`)."""
+    astray: float = 0.03
+    """How far off the face's landmarks are then, as a detector's on a degraded face would be: a standard deviation, in
+    parts of the distance between the eyes."""
 
 
 class GuidedBatches:
@@ -128,8 +133,12 @@ class GuidedBatches:
         both = mirrored(both, torch.from_numpy(np.tile(rng.random(n) < 0.5, 2)))
         images = _varied(rng, both.images) if self.diet.vary else both.images
         degraded, clean = self._damaged(rng, draws, images[:n])
-        guide = covered(rng, images[n:], self.diet.occluded_share)
-        return GuidedBatch(_centred(degraded), _centred(guide), _centred(clean), both.landmarks[:n], both.landmarks[n:])
+        guide = Clean(covered(rng, images[n:], self.diet.occluded_share), both.landmarks[n:])
+        if self.diet.laid:
+            guide = laid_onto(_astray(rng, both.landmarks[:n], self.diet.astray), guide)
+        return GuidedBatch(
+            _centred(degraded), _centred(guide.images), _centred(clean), both.landmarks[:n], guide.landmarks
+        )
 
     def rows(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the rows of a batch's faces and guides: (n, 2)."""
@@ -164,6 +173,25 @@ def covered(rng: np.random.Generator, images: Tensor, share: float) -> Tensor:
     return torch.where(hidden, filling, images)
 
 
+def laid_onto(landmarks: Tensor, guide: Clean) -> Clean:
+    """Return guides, in grey levels, shifted, turned and scaled so that their landmarks meet these, (n, 5, 2), by least
+    squares; a guide stays as it is where either is not known."""
+    known = torch.isfinite(landmarks).flatten(1).all(dim=1) & torch.isfinite(guide.landmarks).flatten(1).all(dim=1)
+    images, own = guide.images.clone(), guide.landmarks.clone()
+    if known.any():
+        back = similarities(landmarks[known], own[known])
+        images[known] = cut_out(images[known], back, images.shape[3], "bilinear").round()
+        turned = torch.linalg.inv(back[..., :2])
+        own[known] = (own[known] - back[:, None, :, 2]) @ turned.mT
+    return Clean(images, own)
+
+
+def _astray(rng: np.random.Generator, landmarks: Tensor, share: float) -> Tensor:
+    eyes = (landmarks[:, :1] - landmarks[:, 1:2]).norm(dim=2, keepdim=True)
+    off = torch.from_numpy(rng.normal(0, share, landmarks.shape)).to(landmarks)
+    return landmarks + off * eyes
+
+
 class GuidedValidation:
     """Fixed pairs, damaged by GFRNet's protocol at the two scales of its tables, whose gains choose the best weights.
 
@@ -171,14 +199,23 @@ class GuidedValidation:
     """
 
     def __init__(
-        self, faces: GuidedFaces, pairs: np.ndarray, judges: Judges, *, side: int, stranger: bool = False
+        self,
+        faces: GuidedFaces,
+        pairs: np.ndarray,
+        judges: Judges,
+        *,
+        side: int,
+        stranger: bool = False,
+        laid: bool = False,
     ) -> None:
-        """With `stranger` every face is restored by a stranger's guide (the paper's R). Raises ValueError where all
-        faces are of one person."""
+        """With `stranger` every face is restored by a stranger's guide (the paper's R); with `laid` guides are laid
+        onto the faces. Raises ValueError where all faces are of one person."""
         self.judges = judges
         rng = np.random.default_rng(1)
         strange = pairs[next_person(faces.persons[pairs[:, 0]]), 1]
         shown = [faces.crops_of(rng, rows, side, vary=False) for rows in (pairs[:, 0], pairs[:, 1], strange)]
+        if laid:
+            shown[1:] = [laid_onto(shown[0].landmarks, each) for each in shown[1:]]
         truth, guide, self.stranger = (Clean(_centred(clean.images), clean.landmarks) for clean in shown)
         guide = self.stranger if stranger else guide
         self.sets: dict[str, GuidedBatch] = {}

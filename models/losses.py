@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.dataset import cut_out
+from models.dataset import cut_out, similarities
 
 RETAIL_TEMPLATE = (
     (0.31556875, 0.46157411), (0.68262292, 0.46157411), (0.50026250, 0.64050536), (0.34947187, 0.82469196),
@@ -114,14 +114,7 @@ class FaceLikeness(nn.Module):
 
     def placed(self, landmarks: Tensor) -> Tensor:
         """Return the similarity (n, 2, 3) from pixels of the template to pixels of each image."""
-        template: Tensor = self.template  # type: ignore[assignment]
-        middle, centre = template.mean(dim=0), landmarks.mean(dim=1)
-        p, q = template - middle, landmarks - centre[:, None]
-        size = p.square().sum()
-        a = (p * q).sum(dim=(1, 2)) / size
-        b = (p[:, 0] * q[..., 1] - p[:, 1] * q[..., 0]).sum(dim=1) / size
-        turn = torch.stack([torch.stack([a, -b], dim=1), torch.stack([b, a], dim=1)], dim=1)
-        return torch.cat([turn, (centre - turn @ middle)[..., None]], dim=2)
+        return similarities(self.template, landmarks)  # type: ignore[arg-type]
 
     def _seen(
         self, image: Tensor, matrices: Tensor, disguise: Mapping[str, Tensor] | None

@@ -146,7 +146,7 @@ class GuidedRestoration(Task):
             faces = GuidedFaces(found, device)
         diet = GuidedDiet(
             config.side, config.surveillance_share, config.stranger_share, config.occluded_share, config.vary,
-            config.damage,
+            config.damage, self.network.config.laid,
         )  # fmt: skip
         try:
             self.batches = GuidedBatches(faces, diet, batch=config.batch, seed=config.seed, rank=rank)
@@ -205,7 +205,10 @@ class GuidedRestoration(Task):
             pairs = listed_pairs(config.pairs, faces, part) if config.pairs else first_pairs(faces)
         chosen = np.random.default_rng(1).permutation(len(pairs))[: config.validation_pairs]
         with place(f"validation: {config.validation}"):
-            return GuidedValidation(faces, pairs[chosen], self.judges, side=config.side, stranger=self.variant.stranger)
+            return GuidedValidation(
+                faces, pairs[chosen], self.judges, side=config.side, stranger=self.variant.stranger,
+                laid=self.network.config.laid,
+            )  # fmt: skip
 
     def _stage(self, step: int, steps: int) -> Stage:
         learns_flow = self.network.warp_net is not None and (self.weights.landmark or self.weights.variation)

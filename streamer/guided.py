@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.card import CardError
 from engines.engine import Engine, EngineError
-from streamer.geometry import similarity, transform_points
+from streamer.geometry import scale_transform, similarity, transform_points
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +56,37 @@ class GuidedRestorer:
         self._black, self._white = card.output_range or (0.0, 255.0)
         self._told = {spec.name for spec in card.outputs}
 
-    def restore(self, crop: np.ndarray, guides: Sequence[Guide]) -> list[GuidedFace]:
-        """Return the crop, HWC uint8 BGR, restored with each of the guides. Raises EngineError."""
+    def restore(self, crop: np.ndarray, landmarks: np.ndarray, guides: Sequence[Guide]) -> list[GuidedFace]:
+        """Return the crop, HWC uint8 BGR, restored with each of the guides; `landmarks` (5, 2) are the face's, in
+        pixels of the crop. Raises EngineError."""
         image = self._prepare(crop)
         scale = self.side / max(crop.shape[:2])
         height, width = (min(self.side, round(side * scale)) for side in crop.shape[:2])
+        wanted = transform_points(scale_transform(np.eye(2, 3), scale), landmarks)
         faces = []
         for guide in guides:
-            out = self.engine.run(image=image, guide=self._prepare(guide.image))
+            shown = self._laid(guide, wanted) if self.engine.card.guide_laid else guide.image
+            out = self.engine.run(image=image, guide=self._prepare(shown))
             if not all(np.isfinite(out[name]).all() for name in self._told):
                 raise EngineError(f"{self.engine.card.name} on {self.engine.backend} gave numbers that are no picture")
             pictures = {name: self._finish(out[name][0])[:height, :width] for name in self._told - {"mask"}}
             mask = out["mask"][0, 0, :height, :width].clip(0, 1) if "mask" in self._told else None
             faces.append(GuidedFace(guide, pictures["restored"], pictures.get("warped"), mask))
         return faces
+
+    def _laid(self, guide: Guide, wanted: np.ndarray) -> np.ndarray:
+        """Return the guide shifted, turned and scaled until its landmarks meet these of the result, (S, S, 3)."""
+        transform = similarity(guide.landmarks, wanted)
+        smaller = np.hypot(*transform[:, 0])
+        image = guide.image
+        if smaller < 1:  # first by area, so that nothing aliases
+            size = [max(1, round(side * smaller)) for side in image.shape[1::-1]]
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            landmarks = transform_points(scale_transform(np.eye(2, 3), smaller), guide.landmarks)
+            transform = similarity(landmarks, wanted)
+        return cv2.warpAffine(
+            image, transform, (self.side, self.side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
 
     def _prepare(self, image: np.ndarray) -> np.ndarray:
         """(H, W, 3) uint8 BGR to (1, 3, S, S) float32: enlarged by cubic, its shorter side reflected to a square."""

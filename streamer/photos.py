@@ -239,7 +239,7 @@ def _restore(crop: Crop, stages: PhotoStages, folder: Path, stem: str) -> tuple[
 
 def _restore_guided(crop: Crop, guiding: Guiding, folder: Path, stem: str) -> tuple[np.ndarray, Route]:
     guides = guiding.guides if guiding.fuse else [best_by_pose(crop.landmarks, guiding.guides)]
-    faces = guiding.restorer.restore(crop.image, guides)
+    faces = guiding.restorer.restore(crop.image, crop.landmarks, guides)
     if guiding.parts:
         for number, face in enumerate(faces, start=1):
             write_image(folder / f"{stem}.guide{number}.png", parts_picture(crop.image, face))

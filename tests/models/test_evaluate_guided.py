@@ -223,6 +223,16 @@ def test_every_person_is_chosen_once_before_any_twice_and_the_same_each_time(ble
     assert names[0] == names[1] == names[2][:4] != names[3]
 
 
+def test_guides_are_laid_onto_their_faces_where_the_network_wants_them(blend, truths, tmp_path):
+    config = configured(blend, truths, tmp_path)
+    as_they_are, laid = choose_trials(config, SIDE), choose_trials(config, SIDE, laid=True)
+
+    for before, after in zip(as_they_are, laid, strict=True):
+        assert np.array_equal(before.truth.image, after.truth.image)
+        for guide in (after.guide, after.stranger):
+            assert guide.landmarks.mean(0) == pytest.approx(after.truth.landmarks.mean(0), abs=0.01)
+
+
 def test_faces_keep_their_framing_and_their_landmarks_their_place():
     dot = np.zeros((STORED, STORED, 3), np.uint8)
     dot[60:64, 80:84] = 255

@@ -99,6 +99,7 @@ def test_its_card_says_that_it_wants_a_guide_and_what_it_gives(exported, name, o
     assert [spec.name for spec in card.outputs] == outputs
     assert all(spec.shape == ("n", 3, *size) for spec in card.inputs)
     assert (card.scales, card.result_size, card.enlarge) == ((), SIDE, "cubic")
+    assert card.guide_laid == network.config.laid
     assert card.size_multiple == network.config.multiple
 
 

@@ -293,7 +293,7 @@ def test_untrained_the_modern_presets_leave_the_guide_and_the_face_as_they_are(p
     assert torch.equal(guided.flow, identity_flow(guided.flow))
     assert torch.allclose(guided.warped, guide, atol=1e-4)
     assert torch.equal(guided.restored, degraded)
-    assert torch.allclose(guided.mask, torch.sigmoid(torch.tensor(2.0)))
+    assert torch.allclose(guided.mask, torch.tensor(0.9))
 
 
 @pytest.mark.parametrize(("right", "down"), [(5, 0), (0, -3), (-7, 4)])
@@ -338,7 +338,7 @@ def test_behind_a_closed_mask_the_guide_does_not_count():
     degraded = image()
     closed, mask = made.rec_net, made.rec_net.mask
     torch.nn.init.zeros_(mask.last.weight)
-    torch.nn.init.constant_(mask.last.bias, -200)
+    torch.nn.init.constant_(mask.last.bias, -1e9)
 
     first, second = made.parts(degraded, image()), made.parts(degraded, image())
 
@@ -348,6 +348,20 @@ def test_behind_a_closed_mask_the_guide_does_not_count():
 
     torch.nn.init.constant_(mask.last.bias, 0)
     assert not torch.allclose(closed(degraded, image())[0], closed(degraded, image())[0])
+
+
+def test_a_mask_that_is_all_but_shut_still_learns():
+    """A sigmoid's gradient would be below 1e-13 here."""
+    made = network(MODERN)
+    mask = made.rec_net.mask
+    torch.nn.init.constant_(mask.last.bias, -40)
+    degraded, guide = image(), image()
+
+    parts = made.parts(degraded, guide)
+    (parts.mask * guide).square().sum().backward()
+
+    assert 0 < parts.mask.max() < 0.05
+    assert mask.last.bias.grad.abs() > 1e-3
 
 
 def test_the_mask_is_seen_of_the_degraded_face_and_of_the_warped_guide():

@@ -9,7 +9,7 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 from skimage.data import astronaut  # noqa: E402
 
-from models.dataset import Face, load_faces  # noqa: E402
+from models.dataset import Clean, Face, load_faces  # noqa: E402
 from models.degradation import Shares  # noqa: E402
 from models.gfrnet import PRESETS, Gfrnet, Guided, identity_flow  # noqa: E402
 from models.gfrnet_losses import GuidedBatch  # noqa: E402
@@ -20,6 +20,7 @@ from models.guided import (  # noqa: E402
     GuidedValidation,
     covered,
     first_pairs,
+    laid_onto,
     listed_pairs,
     ordered_pairs,
 )
@@ -184,6 +185,50 @@ def test_face_and_guide_are_framed_each_on_its_own_and_mirrored_alike():
     assert torch.corrcoef(apart)[0, 1].abs() < 0.4
 
 
+def test_a_guide_that_is_laid_onto_a_face_shows_it_where_the_face_is():
+    people = GuidedFaces([face("p/a/0"), face("p/a/1")], CPU)
+    upright = people.crops_of(np.random.default_rng(0), np.array([0]), 128, vary=False)
+    askew = people.crops_of(np.random.default_rng(3), np.array([0]), 128)
+
+    laid = laid_onto(upright.landmarks, askew)
+
+    middle = slice(36, 92)  # beyond it the edge may be replicated
+    far = (askew.images - upright.images)[..., middle, middle].abs().mean()
+    assert far > 8
+    assert (laid.images - upright.images)[..., middle, middle].abs().mean() < far / 4
+    assert (laid.landmarks - upright.landmarks).abs().max() < 1e-3
+    assert (askew.landmarks - upright.landmarks).abs().max() > 2
+    assert torch.equal(laid.images, laid.images.round())
+
+
+@pytest.mark.parametrize("unknown", ["face", "guide"])
+def test_a_guide_of_unknown_landmarks_stays_as_it_is(unknown):
+    points = torch.tensor(POINTS)[None]
+    lost = torch.full_like(points, torch.nan)
+    guide = Clean(torch.rand(1, 3, 64, 64), lost if unknown == "guide" else points / 4)
+
+    laid = laid_onto(lost if unknown == "face" else points / 3, guide)
+
+    assert torch.equal(laid.images, guide.images)
+    assert torch.equal(laid.landmarks.isnan(), guide.landmarks.isnan())
+
+
+def test_where_the_network_wants_it_every_guide_of_a_batch_is_laid_onto_its_face(faces):
+    """Off by what a detector would be off by, and no more."""
+
+    def apart(batch: GuidedBatch) -> torch.Tensor:
+        eyes = (batch.landmarks[:, 0] - batch.landmarks[:, 1]).norm(dim=1)
+        return (batch.guide_landmarks - batch.landmarks).norm(dim=2).mean(dim=1) / eyes
+
+    as_it_is, laid, exact = (batches(faces, batch=32, **changes)[0]
+                             for changes in ({}, {"laid": True}, {"laid": True, "astray": 0.0}))  # fmt: skip
+
+    assert apart(exact).max() < 1e-3
+    assert 0.005 < apart(laid).mean() < 0.04
+    assert apart(as_it_is).mean() > 0.1
+    assert torch.equal(as_it_is.degraded, laid.degraded)
+
+
 def test_a_guide_is_covered_in_its_share_and_in_part():
     images = torch.rand(200, 3, 32, 32) * 100 + 100
 
@@ -282,6 +327,18 @@ def test_what_copies_the_guide_is_seen_to_do_so(faces):
     assert scores["x4.guide"] > 1
     assert swapped["x4.guide"] == 0
     assert scores["x4"] - swapped["x4"] == pytest.approx(scores["x4.guide"], abs=1e-4)
+
+
+def test_a_validation_lays_its_guides_where_the_network_wants_them(faces):
+    """All photos of a person here are one photo but for its light, so that a laid guide is the truth."""
+    people = GuidedFaces([face("p/a/0"), replace(face("p/a/1"), box=(40, 30, 200, 225)), face("p/b/0")], CPU)
+    pairs = np.array([[0, 1], [1, 0]])
+
+    def off(laid: bool) -> float:
+        validation = GuidedValidation(people, np.concatenate([pairs, [[2, 2]]]), Judges(), side=64, laid=laid)
+        return validation.score(Copier(TINY).eval())[0]["x4.warp"]
+
+    assert off(True) < 1e-2 < 1 < off(False)
 
 
 def test_a_validation_of_one_person_is_refused():

@@ -84,7 +84,7 @@ def turned(yaw_deg: float) -> np.ndarray:
 def test_crop_and_guide_both_reach_the_network_as_large_as_its_result(restorer):
     crop = np.full((20, 20, 3), (200, 100, 0), np.uint8)
 
-    (face,) = restorer.restore(crop, [guide((0, 100, 200))])
+    (face,) = restorer.restore(crop, UPRIGHT, [guide((0, 100, 200))])
 
     assert face.restored.shape == (64, 64, 3)
     assert np.abs(face.restored.astype(int) - (100, 100, 100)).max() <= 1
@@ -92,8 +92,27 @@ def test_crop_and_guide_both_reach_the_network_as_large_as_its_result(restorer):
     assert face.mask == pytest.approx(np.full((64, 64), 200 / 255), abs=0.01)
 
 
+@pytest.mark.parametrize("enlarged", [0.4, 1.0, 2.5], ids=["small guide", "as large", "large guide"])
+def test_where_the_card_asks_for_it_the_guide_is_laid_onto_the_crop_by_landmarks(restorer, enlarged):
+    landmarks = UPRIGHT * 100 + (100, 90)
+    askew = cv2.getRotationMatrix2D((100, 100), 25, 0.8 * enlarged)
+    askew[:, 2] += (enlarged - 1) * 100 + 7
+    side = round(200 * enlarged)
+    image = cv2.warpAffine(CROP, askew, (side, side), flags=cv2.INTER_AREA, borderMode=cv2.BORDER_REPLICATE)
+    photo = Guide("askew.png", image, landmarks @ askew[:, :2].T + askew[:, 2])
+
+    (as_it_is,) = restorer.restore(CROP, landmarks, [photo])
+    restorer.engine.card = restorer.engine.card.model_copy(update={"guide_laid": True})
+    (laid,) = restorer.restore(CROP, landmarks, [photo])
+
+    wanted, middle = cv2.resize(CROP, (64, 64), interpolation=cv2.INTER_AREA).astype(int), slice(16, 48)
+    off = [np.abs(face.warped - wanted)[middle, middle].mean() for face in (as_it_is, laid)]
+    assert off[0] > 20
+    assert off[1] < 6
+
+
 def test_a_crop_of_any_aspect_keeps_it(restorer):
-    (face,) = restorer.restore(CROP[:, :100], [guide((9, 9, 9))])
+    (face,) = restorer.restore(CROP[:, :100], UPRIGHT, [guide((9, 9, 9))])
 
     assert face.restored.shape == face.warped.shape == (64, 32, 3)
     assert face.mask.shape == (64, 32)
@@ -117,7 +136,7 @@ def test_pose_does_not_see_place_size_or_roll():
 
 def test_several_guides_are_mixed_by_how_far_the_network_looked_at_each(restorer):
     crop = np.full((64, 64, 3), 100, np.uint8)
-    faces = restorer.restore(crop, [guide((0, 0, 255)), guide((200, 0, 0))])  # masks 1 and 0
+    faces = restorer.restore(crop, UPRIGHT, [guide((0, 0, 255)), guide((200, 0, 0))])  # masks 1 and 0
 
     assert np.abs(fused(faces).astype(int) - faces[0].restored).max() <= 1
     assert np.abs(faces[1].restored.astype(int) - faces[0].restored).max() > 50
