@@ -22,6 +22,7 @@ from models.gfrnet import (
     GfrnetDiscriminatorConfig,
     GfrnetDiscriminators,
     Guided,
+    MaskedRecNet,
     ResidualWarpNet,
 )
 from models.gfrnet_losses import WEIGHTS, GfrnetObjective, GuidedBatch, LossWeights, Schedule, Stage
@@ -67,6 +68,9 @@ class GfrnetRunConfig(RunConfig):
     warp_share: float = Field(0.1, ge=0, le=1)
     """The first part of the run, in which WarpNet learns alone, by landmarks and total variation; variants that have
     neither skip it. The paper: 5 of 100 epochs."""
+    open_share: float = Field(0.4, ge=0, le=1)
+    """The first part of the run, in which the modern design's mask is held open: a guide that RecNet cannot read yet is
+    noise to it, and it would shut the mask before it learnt to."""
     adversarial_from: float = Field(1.0, ge=0, le=1)
     """The part of the run after which the discriminators judge too; 1 trains without any."""
     likeness_from: float = Field(0.0, ge=0, le=1)
@@ -160,6 +164,8 @@ class GuidedRestoration(Task):
         # Not `network`: DistributedDataParallel knows `forward` alone. `_share` does its work.
         moment, batch = _within(step, config.steps), self.batches[step]
         stage = self._stage(moment, config.steps)
+        if isinstance(self.network.rec_net, MaskedRecNet):
+            self.network.rec_net.held_open = moment < self.config.open_share * config.steps
         learned = self.objective.restorer(_InBf16(self.network), batch, stage)  # type: ignore[arg-type]
         loss, parts = learned.total, {name: float(term) for name, term in learned.terms.items()}
         if learned.guided is not None:

@@ -17,6 +17,7 @@ from models.gfrnet import (  # noqa: E402
     GfrnetDiscriminatorConfig,
     GfrnetDiscriminators,
     PatchDiscriminator,
+    details,
     identity_flow,
     warp,
 )
@@ -159,7 +160,8 @@ def test_any_size_will_do_that_the_halvings_divide(full, depth, times):
 
     guided = made.parts(image(1, *size), image(1, *size))
 
-    assert config.multiple == 2 ** (depth + (full is MODERN))  # our WarpNet sees half the size
+    # our WarpNet sees half the size, and the guide's details want 16
+    assert config.multiple == (max(16, 2 ** (depth + 1)) if full is MODERN else 2**depth)
     assert guided.restored.shape == guided.warped.shape == (1, 3, *size)
     assert guided.flow.shape == (1, 2, *size)
 
@@ -348,6 +350,42 @@ def test_behind_a_closed_mask_the_guide_does_not_count():
 
     torch.nn.init.constant_(mask.last.bias, 0)
     assert not torch.allclose(closed(degraded, image())[0], closed(degraded, image())[0])
+
+
+def test_the_details_of_a_guide_are_what_its_means_lack():
+    guide = image(1, 64, 48)
+
+    fine, coarse = details(guide)
+
+    assert fine.shape == coarse.shape == guide.shape
+    means = F.interpolate(F.avg_pool2d(guide, 16), scale_factor=16.0, mode="bilinear")
+    assert torch.allclose(fine + coarse, guide - means, atol=1e-6)
+    assert all(band.abs().max() < 1e-6 for band in details(torch.full((1, 3, 32, 32), 0.3)))
+
+
+def test_the_detail_of_a_guide_is_added_as_far_as_the_network_says_and_the_mask_lets_it():
+    made = network(MODERN)
+    degraded, guide = image(), image()
+    last = made.rec_net.last
+    torch.nn.init.zeros_(last.weight)
+    last.bias.data = torch.cat([torch.zeros(12), torch.full((4,), 0.5), torch.zeros(4)])  # of the fine detail
+
+    parts = made.parts(degraded, guide)
+
+    wanted = degraded + 0.5 * parts.mask * details(parts.warped)[0]
+    assert torch.allclose(parts.restored, wanted, atol=1e-5)
+
+
+def test_while_it_is_held_open_a_mask_is_1_everywhere():
+    made = network(MODERN)
+    torch.nn.init.constant_(made.rec_net.mask.last.bias, -1e9)
+    degraded, guide = image(), image()
+    shut = made.parts(degraded, guide).mask
+
+    made.rec_net.held_open = True
+
+    assert shut.max() < 1e-6
+    assert torch.equal(made.parts(degraded, guide).mask, torch.ones(2, 1, 32, 48))
 
 
 def test_a_mask_that_is_all_but_shut_still_learns():

@@ -146,6 +146,20 @@ def test_a_stage_lasts_its_share_of_the_run(labelled, tmp_path):
     assert [task._stage(step, 20) for step in range(20)] == ["warp"] * 2 + ["joint"] * 12 + ["adversarial"] * 6
 
 
+def test_a_mask_is_held_open_for_its_share_of_the_run(labelled, tmp_path):
+    run = config(labelled, tmp_path, preset="small", override={"base": 4, "cap": 8, "depth": 3}, warp_share=0,
+                 adversarial_from=1, open_share=0.5, steps=4)  # fmt: skip
+    task = GuidedRestoration(run, CPU)
+    task.load(0)
+
+    held = []
+    for step in range(4):
+        task.learn(task.network, step, run)
+        held.append(task.network.rec_net.held_open)
+
+    assert held == [True, True, False, False]
+
+
 def test_where_the_pace_is_measured_stages_come_by_their_shares(labelled, tmp_path):
     task = GuidedRestoration(config(labelled, tmp_path, warp_share=0.25, adversarial_from=0.5), CPU)
 
