@@ -1,7 +1,8 @@
 """How fast networks run here: `python -m engines.benchmark --eager`. The last line is JSON.
 
-Every backend that is installed runs every network at each size and batch size in turn, round after round, so that a
-noisy neighbour disturbs all of them alike; what is told are medians over the rounds. With --eager, PyTorch takes its
+Every backend that is installed and has its device runs every network at each size and batch size in turn, round after
+round, so that a noisy neighbour disturbs all of them alike; what is told are medians over the rounds, and in a line
+which backends were left out. On a GPU the copies there and back count. With --eager, PyTorch takes its
 turns in a process of its own (`python -m models.eager --serve`), one face at a time, with as many threads; of its two
 layouts of memory the faster is told.
 
@@ -32,11 +33,13 @@ from typing import Any
 import numpy as np
 
 from engines.card import CardError, NetworkCard, read_network
-from engines.engine import Engine, EngineError, ModelError
+from engines.engine import Engine, EngineError, ModelError, batch_limit
 from engines.ort import OnnxEngine, cuda_offered
 from engines.ov import OpenVinoCompiler, openvino_installed
+from engines.plan import Bucket, Compiler, Shape
 from engines.roofline import Device, Work, count
 from engines.store import Model, ModelStore, default_store
+from engines.trt import TensorRtCompiler, gpu_found, tensorrt_installed
 
 EAGER = "torch-eager"
 
@@ -90,6 +93,8 @@ def main() -> None:
     try:
         store = default_store()
         models = [store.find(name) for name in arguments.networks or restorers(store)]
+        if reasons := left_out():
+            logger.warning("left out: %s", "; ".join(reasons))
         device = Device.measure(threads)
         timings = measure(models, sizes, batches, threads=threads, rounds=rounds, device=device, eager=arguments.eager)
     except (CardError, EngineError, ModelError) as exc:
@@ -106,6 +111,16 @@ def restorers(store: ModelStore) -> list[str]:
     """Return the names of the restorers that are here."""
     tasks = ("restoration", "guided-restoration")
     return [listing.name for listing in store.list() if listing.task in tasks]
+
+
+def left_out() -> list[str]:
+    """Return which backends take no part here, each with its reason."""
+    reasons = {
+        "ONNX Runtime CUDA": "" if cuda_offered() else "this ONNX Runtime has no CUDA provider (onnxruntime-gpu has)",
+        "OpenVINO": "" if openvino_installed() else "not installed",
+        "TensorRT": _without_tensorrt(),
+    }
+    return [f"{backend}: {reason}" for backend, reason in reasons.items() if reason]
 
 
 def measure(
@@ -127,8 +142,9 @@ def measure(
         eagers = _open_eager(models, threads, opened) if eager else {}
         runs: list[_Run] = []
         for model in models:
-            engines = [opened.enter_context(closing(each)) for each in _engines(model, threads, max(batches))]
-            for height, width in dict.fromkeys(input_size(model.card, size) for size in sizes):
+            inputs = list(dict.fromkeys(input_size(model.card, size) for size in sizes))
+            engines = [opened.enter_context(closing(each)) for each in _engines(model, inputs, threads, max(batches))]
+            for height, width in inputs:
                 if model.path in eagers:
                     runs += _eager_runs(model, height, width, eagers[model.path])
                 runs += _engine_runs(model, height, width, engines, batches)
@@ -166,16 +182,61 @@ def table(timings: Sequence[Timing]) -> str:
     return "\n".join([head, *rows])
 
 
-def _engines(model: Model, threads: int, max_batch: int) -> Iterator[Engine]:
-    """Every engine that is installed, each in every precision that the processor and the network's card allow."""
+def buckets(card: NetworkCard, sizes: Sequence[tuple[int, int]], max_batch: int) -> list[Bucket]:
+    """Return what plans are tuned for: these sizes (height, width) of the input, each at one item up to the largest
+    batch."""
+    most = batch_limit(card, max_batch)
+    least = most if isinstance(card.inputs[0].shape[0], int) else 1
+
+    def shapes(height: int, width: int) -> tuple[Shape, Shape, Shape]:
+        return (least, 3, height, width), (min(8, most), 3, height, width), (most, 3, height, width)
+
+    return [Bucket({spec.name: shapes(*size) for spec in card.inputs}) for size in sizes]
+
+
+def _engines(model: Model, sizes: Sequence[tuple[int, int]], threads: int, max_batch: int) -> Iterator[Engine]:
+    """Every engine that is to be had, each in every precision that the device and the network's card allow."""
     yield OnnxEngine(model, threads=threads, max_batch=max_batch)
     if cuda_offered():
-        yield OnnxEngine(model, threads=threads, provider="cuda", max_batch=max_batch)
-    if openvino_installed():
-        compiler = OpenVinoCompiler()
+        cuda = partial(OnnxEngine, model, threads=threads, provider="cuda", max_batch=max_batch)
+        yield from _opened(f"{model.card.name} on ONNX Runtime CUDA", cuda)
+    tuned = buckets(model.card, sizes, max_batch)
+    for compiler in _compilers():
         for precision in compiler.precisions(model):
-            plan = compiler.build(model, precision, (), threads=threads)
-            yield compiler.load(plan, model, precision, (), threads=threads, max_batch=max_batch)
+            plan = partial(_of_plan, compiler, model, precision, tuned, threads, max_batch)
+            yield from _opened(f"{model.card.name} on {compiler.backend} in {precision}", plan)
+
+
+def _opened(what: str, opening: Callable[[], Engine]) -> Iterator[Engine]:
+    """Yield the engine; where it cannot be had, say why and yield none."""
+    try:
+        engine = opening()
+    except EngineError as exc:
+        logger.warning("%s takes no part: %s", what, exc)
+    else:
+        yield engine
+
+
+def _of_plan(
+    compiler: Compiler, model: Model, precision: str, tuned: Sequence[Bucket], threads: int, max_batch: int
+) -> Engine:
+    plan = compiler.build(model, precision, tuned, threads=threads)
+    return compiler.load(plan, model, precision, tuned, threads=threads, max_batch=max_batch)
+
+
+def _compilers() -> list[Compiler]:
+    found: list[Compiler] = [OpenVinoCompiler()] if openvino_installed() else []
+    return found if _without_tensorrt() else [*found, TensorRtCompiler()]
+
+
+def _without_tensorrt() -> str:
+    """Return why TensorRT makes no plans here; empty: it does."""
+    flavour = tensorrt_installed()
+    if flavour is None:
+        return "not installed"
+    if not gpu_found():
+        return f"there is no NVIDIA GPU with a driver for {flavour} here"
+    return "its lean runtime builds no plans" if flavour == "tensorrt-lean" else ""
 
 
 def _size(text: str) -> tuple[int, int]:

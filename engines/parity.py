@@ -19,6 +19,8 @@ LEAST_COSINE = 0.999
 MOST_APART = 0.1
 """Of a detector: share of an output's span by which a single value may differ, as a face is a few values of a map."""
 LARGEST_BATCH = 64
+_FLAT = 1e-3
+"""Of an output's span: what differs by less may become one value in fp16, as a mask that is open everywhere does."""
 
 Sample = Mapping[str, np.ndarray]
 """One item for each input, the batch axis first and 1."""
@@ -66,9 +68,10 @@ def compare(engine: Engine, reference: Engine, samples: Sequence[Sample], *, lea
                     here, truth = given[spec.name], wanted[place][spec.name]
                     here = here[place : place + 1] if size > 1 else here
                     where = f"{spec.name} at place {place + 1} of {size}"
-                    if reason := _nonsense(here, truth):
+                    span = _span(card, number, truth)
+                    if reason := _nonsense(here, truth, span):
                         return Parity(-np.inf, unit, cases, f"{where} {reason}")
-                    likeness = _cosine(here, truth) if cosine else _psnr(here, truth, _span(card, number, truth))
+                    likeness = _cosine(here, truth) if cosine else _psnr(here, truth, span)
                     worst, cases = min(worst, likeness), cases + 1
                     if likeness < least:
                         return Parity(worst, unit, cases, f"{where} is {likeness:.4g} {unit} like ONNX Runtime's")
@@ -120,19 +123,22 @@ def _shifted(sample: Sample, place: int) -> dict[str, np.ndarray]:
     return {name: np.roll(value, 3 * place, axis=-1) if value.ndim == 4 else value for name, value in sample.items()}
 
 
-def _nonsense(here: np.ndarray, truth: np.ndarray) -> str:
+def _nonsense(here: np.ndarray, truth: np.ndarray, span: float) -> str:
     if here.shape != truth.shape:
         return f"has shape {here.shape}, not {truth.shape}"
     if not np.isfinite(here).all():
         return "holds what is no number"
-    if here.size > 1 and np.ptp(here) == 0 and np.ptp(truth) > 0:
+    if here.size > 1 and np.ptp(here) == 0 and np.ptp(truth) > _FLAT * span:
         return "has one value everywhere"
     return ""
 
 
 def _span(card: NetworkCard, number: int, truth: np.ndarray) -> float:
-    """Return from what to what an output goes: for a restorer's picture from black to white."""
-    if number == 0 and card.output_range and card.task in ("restoration", "guided-restoration"):
+    """Return from what to what an output goes: a restorer's picture from black to white, a mask from 0 to 1."""
+    guided = card.task == "guided-restoration"
+    if guided and card.outputs[number].name == "mask":  # it may be all but the same everywhere
+        return 1.0
+    if card.output_range and (guided or (card.task == "restoration" and number == 0)):
         return card.output_range[1] - card.output_range[0]
     return float(np.ptp(truth))
 

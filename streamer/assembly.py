@@ -23,7 +23,7 @@ from streamer.pipeline import Pipeline, Stages
 from streamer.publisher import EventPublisher, new_epoch
 from streamer.restorer import FaceRestorer
 from streamer.router import NONE, RestorerRouter
-from streamer.samples import detector_proof, embedder_proof, input_sides, restorer_proof
+from streamer.samples import detector_proof, embedder_proof, guided_proof, input_sides, restorer_proof
 from streamer.selector import CropSelector
 from streamer.tracker import FaceTracker
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _CROPS_ON_A_CPU = 8  # more would gain little
 _CROPS_ON_A_GPU = 64
 _CAMERAS_A_CORE = 10  # 1080p at 25 frames a second: 9 % of a core for decoding, 1 % for the rest
+_GUIDED_A_BATCH = 8  # it runs one by one; with fewer, not all of the seven faces would be compared
 _FRAMES_A_BATCH = 4  # a frame on the detector's canvas is 6 MB; what a network makes of it is many times that
 
 
@@ -78,7 +79,7 @@ class Networks:
 
     def guided_restorer(self, name: str) -> GuidedRestorer:
         """Load a restorer that takes a guide. Raises as `detector` does."""
-        return GuidedRestorer(self._load(Wanted(self._store.find(name), None, self.crops_a_batch)))
+        return GuidedRestorer(self._load(self.guided_wanted(name)))
 
     def embedder(self, model: str | None) -> FaceEmbedder | None:
         """Load an embedder, or None where none is configured. Raises as `detector` does."""
@@ -95,6 +96,12 @@ class Networks:
         sides = self._sides(found, max_size, buckets)
         proof = restorer_proof(found, max_size=max_size, sides=sides, max_batch=self.crops_a_batch)
         return Wanted(found, proof, self.crops_a_batch)
+
+    def guided_wanted(self, name: str) -> Wanted:
+        """Find a restorer that takes a guide, and what its plans are proven on. Raises as `detector_wanted` does."""
+        found = self._store.find(name)
+        proof = guided_proof(found, max_batch=_GUIDED_A_BATCH) if found.card.result_size else None
+        return Wanted(found, proof, _GUIDED_A_BATCH)
 
     def embedder_wanted(self, model: str) -> Wanted:
         """Find an embedder, and what its plans are proven on. Raises as `detector_wanted` does."""
@@ -168,7 +175,12 @@ def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:
     detector, restorer, embedder = config.detector, config.restorer, config.embedder
     found = [networks.detector_wanted(detector.model, size=detector.size, family=detector.family)]
     if restorer.name != NONE:
-        found.append(networks.restorer_wanted(restorer.name, max_size=restorer.max_size, buckets=restorer.buckets))
+        guided = networks.guided_wanted(restorer.name)  # no stage of a run, but `restore --guide` runs its plan
+        found.append(
+            guided
+            if guided.model.card.task == "guided-restoration"
+            else networks.restorer_wanted(restorer.name, max_size=restorer.max_size, buckets=restorer.buckets)
+        )
     if embedder.model is not None:
         found.append(networks.embedder_wanted(embedder.model))
     return found

@@ -11,17 +11,18 @@ from functools import partial
 import cv2
 import numpy as np
 
-from engines.card import NetworkCard
+from engines.card import NetworkCard, TensorSpec
 from engines.engine import EngineError
 from engines.load import Proof
 from engines.ort import OnnxEngine
 from engines.parity import Sample
-from engines.plan import Bucket
+from engines.plan import Bucket, Shape
 from engines.store import Model
 from streamer.demo_clip import PEOPLE, PhotoMissing, read_photo
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
 from streamer.geometry import cut_crop, upright_landmarks
+from streamer.guided import Guide, GuidedRestorer
 from streamer.restorer import FaceRestorer, input_side
 
 _CROP_SIDES = (20, 40, 64, 120)
@@ -63,6 +64,12 @@ def restorer_proof(model: Model, *, max_size: int, sides: Sequence[int] | None, 
     return Proof(partial(_square_buckets, model, wanted, max_batch), partial(_restorer_samples, model, max_size, sides))
 
 
+def guided_proof(model: Model, *, max_batch: int) -> Proof:
+    """Return what a guided restorer's plans are tuned for and proven on: the one size of its results."""
+    sides = (model.card.result_size or 0,)
+    return Proof(partial(_square_buckets, model, sides, max_batch), partial(_guided_samples, model))
+
+
 def detector_proof(model: Model, *, size: int, max_batch: int) -> Proof:
     """Return what a detector's plans are tuned for and proven on, its canvas `size` pixels long."""
     return Proof(partial(_canvas_buckets, model, size, max_batch), partial(_detector_samples, model, size))
@@ -94,15 +101,18 @@ def _canvas_buckets(model: Model, size: int, max_batch: int) -> list[Bucket]:
 def _bucket(
     model: Model, least: tuple[int, int], usual: tuple[int, int], most: tuple[int, int], max_batch: int
 ) -> Bucket:
-    """Return the range of shapes, as far as the network leaves them free."""
-    (spec,) = model.card.inputs
+    """Return the range of shapes, the same for every input, as far as the network leaves them free."""
     batch = (1, min(8, max_batch), max_batch)
     shapes = [(n, 3, *sides) for n, sides in zip(batch, (least, usual, most), strict=True)]
-    low, typical, high = (
-        tuple(fixed if isinstance(fixed, int) else side for fixed, side in zip(spec.shape, shape, strict=True))
-        for shape in shapes
-    )
-    return Bucket({spec.name: (low, typical, high)})
+
+    def own(spec: TensorSpec) -> tuple[Shape, Shape, Shape]:
+        low, typical, high = (
+            tuple(fixed if isinstance(fixed, int) else side for fixed, side in zip(spec.shape, shape, strict=True))
+            for shape in shapes
+        )
+        return low, typical, high
+
+    return Bucket({spec.name: own(spec) for spec in model.card.inputs})
 
 
 def _restorer_samples(model: Model, max_size: int, sides: Sequence[int] | None) -> list[Sample]:
@@ -122,6 +132,23 @@ def _crop_sides(card: NetworkCard, max_size: int, sides: Sequence[int] | None) -
     fed = {side: input_side(card, side, max_size) for side in possible}
     fitting = ([side for side in possible if fed[side] <= bucket] for bucket in sides)
     return sorted({max(choice, key=fed.__getitem__) for choice in fitting if choice})
+
+
+def _guided_samples(model: Model) -> list[Sample]:
+    """Each face in one of the sizes that crops have, guided by itself as in a mirror: the pose is another."""
+
+    def restore(engine: Recorder) -> None:
+        restorer = GuidedRestorer(engine)
+        for number, large in enumerate(faces(restorer.side)):
+            crop, landmarks = faces(_CROP_SIDES[number % len(_CROP_SIDES)])[number]
+            restorer.restore(crop, landmarks, [_mirrored(*large)])
+
+    return _recorded(model, restore)
+
+
+def _mirrored(image: np.ndarray, landmarks: np.ndarray) -> Guide:
+    turned = landmarks[[1, 0, 2, 4, 3]] * (-1, 1) + (image.shape[1] - 1, 0)
+    return Guide("mirrored", np.ascontiguousarray(image[:, ::-1]), turned)
 
 
 def _detector_samples(model: Model, size: int) -> list[Sample]:

@@ -6,11 +6,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from engines.benchmark import EAGER, input_size, main, measure, restorers, table
+from engines import benchmark
+from engines.benchmark import EAGER, buckets, input_size, left_out, main, measure, restorers, table
 from engines.card import CARD_KEY, read_network
 from engines.roofline import Device, count
 from engines.store import Model, ModelStore, default_store
+from engines.trt import TensorRtCompiler, gpu_found
 
+without_rtx = pytest.mark.skipif(not importlib.util.find_spec("tensorrt_rtx"), reason="the extra rtx is not installed")
+without_gpu = pytest.mark.skipif(gpu_found(), reason="there is a GPU here")
 without_torch = pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="the extra train is not installed")
 
 
@@ -136,7 +140,55 @@ def test_without_torch_eager_takes_no_part_and_one_line_says_so(card, make_netwo
     assert "PyTorch is not installed" in record.getMessage()
 
 
-def test_the_last_line_is_json(card, make_network, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flavour", "gpu", "reason"),
+    [
+        (None, True, "TensorRT: not installed"),
+        ("tensorrt", False, "TensorRT: there is no NVIDIA GPU with a driver for tensorrt here"),
+        ("tensorrt-lean", True, "TensorRT: its lean runtime builds no plans"),
+        ("tensorrt", True, None),
+        ("tensorrt-rtx", True, None),
+    ],
+)
+def test_tensorrt_takes_part_where_it_builds_plans_and_there_is_a_gpu(monkeypatch, flavour, gpu, reason):
+    monkeypatch.setattr(benchmark, "tensorrt_installed", lambda: flavour)
+    monkeypatch.setattr(benchmark, "gpu_found", lambda: gpu)
+
+    assert [line for line in left_out() if line.startswith("TensorRT")] == ([reason] if reason else [])
+
+
+@without_rtx
+@without_gpu
+def test_a_backend_that_fails_is_told_and_the_others_are_timed(card, make_network, monkeypatch, caplog):
+    monkeypatch.setattr(benchmark, "gpu_found", lambda: True)  # TensorRT itself sees that there is none
+
+    timings = measure([Model.read(make_network(card=card))], [(16, 16)], [1], threads=1, rounds=1)
+
+    assert timings and not [timing for timing in timings if timing.backend.startswith("tensorrt")]
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in said] == [
+        f"tiny on tensorrt-rtx in {precision} takes no part" for precision in ("fp16", "bf16", "fp32")
+    ]
+
+
+@without_rtx
+@pytest.mark.parametrize("fixed", [False, True], ids=["any batch", "one image"])
+def test_tensorrt_builds_for_all_sizes_that_are_timed(card, make_network, fixed):
+    shape = (1, 3, 16, 16) if fixed else ("n", 3, "h", "w")
+    spec = card.inputs[0].model_copy(update={"shape": shape})
+    model = Model.read(make_network("sized.onnx", card.model_copy(update={"inputs": (spec,)}), shape))
+    tuned = buckets(model.card, [(16, 16)] if fixed else [(16, 16), (24, 32)], 4)
+
+    plan = TensorRtCompiler("tensorrt-rtx", capabilities=["8.6"], level=0).build(model, "fp16", tuned, threads=1)
+
+    assert plan
+    assert [bucket.shapes["image"] for bucket in tuned] == (
+        [((1, 3, 16, 16),) * 3] if fixed else [tuple((n, 3, *size) for n in (1, 4, 4)) for size in ((16, 16), (24, 32))]
+    )
+
+
+@without_gpu
+def test_the_last_line_is_json_and_one_line_tells_what_takes_no_part(card, make_network, monkeypatch, capsys, caplog):
     sizes = ["--size", "16x16", "--size", "24x16"]
     monkeypatch.setattr(sys, "argv", ["benchmark", str(make_network(card=card)), *sizes, "--rounds", "1"])
 
@@ -148,6 +200,9 @@ def test_the_last_line_is_json(card, make_network, monkeypatch, capsys):
     assert {timing["height"] for timing in timings} == {16, 24}
     assert all(timing["roofline_share"] > 0 for timing in timings if timing["backend"].endswith("-cpu"))
     assert len(said) == 1 + 2 + len(timings) + 1, "device, head of the table, its rows, JSON"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("left out: ") and "\n" not in line
+    assert "ONNX Runtime CUDA: this ONNX Runtime has no CUDA provider" in line and "TensorRT: " in line
 
 
 @pytest.mark.parametrize("wrong", [["--size", "16"], ["--size", "0x16"], ["--batches", "1,x"], ["--rounds", "0"]])

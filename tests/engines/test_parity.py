@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
-from engines.card import NetworkCard
+from engines.card import CARD_KEY, NetworkCard
 from engines.engine import EngineError
 from engines.ort import OnnxEngine
 from engines.parity import LEAST_DB, batch_sizes, compare, first_apart, time_each
@@ -145,3 +147,33 @@ def test_engines_are_timed_in_turn(model: Model) -> None:
 
     assert len(times) == 2 and min(times) > 0
     assert ran[:2] == [0, 1] and ran[2:] == [0, 1] * (len(ran) // 2 - 1)
+
+
+def test_a_guided_restorers_mask_is_compared_by_what_it_could_be_not_by_what_it_is(
+    make_network: Callable[..., Path], card: NetworkCard
+) -> None:
+    """A mask that is all but shut everywhere differs by its own span, and by nothing that anybody could see."""
+    mask = card.outputs[0].model_copy(update={"name": "mask"})
+    changes = {"task": "guided-restoration", "output_range": (0.0, 1.0), "outputs": (card.outputs[1], mask)}
+    network = onnx.load(make_network(card=card))
+    network.graph.node.append(helper.make_node("Mul", ["result", "little"], ["mask"]))
+    network.graph.initializer.append(numpy_helper.from_array(np.float32(1e-7), "little"))
+    network.graph.output.append(helper.make_tensor_value_info("mask", TensorProto.FLOAT, ("n", 3, "h", "w")))
+    del network.metadata_props[:]
+    network.metadata_props.add(key=CARD_KEY, value=card.model_copy(update=changes).model_dump_json())
+    path = make_network("guided.onnx", card)
+    onnx.save(network, path)
+    guided = Model.read(path)
+
+    class Shut(OnnxEngine):
+        def run(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+            outputs = super().run(**inputs)
+            return {**outputs, "mask": np.full_like(outputs["mask"], self.value)}
+
+        value = 0.0
+
+    shut, half_open = (Shut(guided, threads=1, max_batch=2) for _ in range(2))
+    half_open.value = 0.5
+
+    assert compare(shut, OnnxEngine(guided, threads=1), samples(8)).refused == ""
+    assert "mask at place 1 of 1" in compare(half_open, OnnxEngine(guided, threads=1), samples(8)).refused

@@ -22,7 +22,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines import trt as source
-from engines.card import NetworkCard
+from engines.card import CARD_KEY, NetworkCard, TensorSpec
 from engines.engine import EngineError
 from engines.ov import openvino_installed
 from engines.plan import Bucket
@@ -145,9 +145,45 @@ def refused(action: Callable[[], object], match: str) -> None:
 @needs_rtx
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_a_shipped_network_builds_in_fp16_for_gpus_that_are_not_here(path: Path) -> None:
-    plan = rtx(level=0).build(Model.read(path), "fp16", [Bucket(BUCKETS)], threads=1)
+    model = Model.read(path)
+    side = model.card.result_size
+    shapes = tuple((n, 3, side, side) for n in (1, 2, 4)) if side else BUCKETS["image"]
+    bucket = Bucket({spec.name: shapes for spec in model.card.inputs})
+
+    plan = rtx(level=0).build(model, "fp16", [bucket], threads=1)
 
     assert len(plan) > path.stat().st_size / 2
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_network_that_warps_its_second_input_builds_with_a_profile_of_both(
+    tmp_path: Path, card: NetworkCard, precision: str
+) -> None:
+    shape = ("n", 3, 16, 16)
+    guided = card.model_copy(update={
+        "task": "guided-restoration", "result_size": 16,
+        "inputs": tuple(TensorSpec(name=name, layout="NCHW", shape=shape) for name in ("image", "guide")),
+        "outputs": (TensorSpec(name="restored", layout="NCHW", shape=shape),),
+    })  # fmt: skip
+    nodes = [
+        helper.make_node("Conv", ["image", "weight"], ["flow"], pads=[1, 1, 1, 1]),
+        helper.make_node("Transpose", ["flow"], ["grid"], perm=[0, 2, 3, 1]),
+        helper.make_node("GridSample", ["guide", "grid"], ["warped"], padding_mode="border", align_corners=1),
+        helper.make_node("Add", ["image", "warped"], ["restored"]),
+    ]
+    graph = helper.make_graph(
+        nodes, "guided",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("image", "guide")],
+        [helper.make_tensor_value_info("restored", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(np.ones((2, 3, 3, 3), np.float32), "weight")],
+    )  # fmt: skip
+    network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    network.metadata_props.add(key=CARD_KEY, value=guided.model_dump_json())
+    onnx.save(network, tmp_path / "guided.onnx")
+    both = Bucket(dict.fromkeys(("image", "guide"), ((1, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16))))
+
+    assert rtx(level=0).build(Model.read(tmp_path / "guided.onnx"), precision, [both], threads=1)
 
 
 @needs_rtx

@@ -17,8 +17,10 @@ WEIGHTS = sorted((Path(__file__).parents[2] / "models/weights").glob("*.onnx"))
 @pytest.mark.parametrize("path", WEIGHTS, ids=lambda path: path.stem)
 def test_cuda_gives_what_the_cpu_gives(path: Path) -> None:
     model = Model.read(path)
-    images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 32, 32)).astype(np.float32)
+    side = model.card.result_size or 32
+    faces = np.random.default_rng(0).uniform(-1, 1, (len(model.card.inputs), 2, 3, side, side)).astype(np.float32)
+    feed = {spec.name: face for spec, face in zip(model.card.inputs, faces, strict=True)}
 
-    given = OnnxEngine(model, provider="cuda").run(image=images)["restored"]
+    given = OnnxEngine(model, provider="cuda").run(**feed)["restored"]
 
-    np.testing.assert_allclose(given, OnnxEngine(model).run(image=images)["restored"], atol=5e-3)
+    np.testing.assert_allclose(given, OnnxEngine(model).run(**feed)["restored"], atol=5e-3)

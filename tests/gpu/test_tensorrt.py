@@ -24,14 +24,17 @@ PRECISIONS = {"fp32": 60, "fp16": 40, "bf16": 40}  # dB; fp32 is exact but for t
 BATCHES = (1, 2, 3, 4, 8, 16, 64)
 
 
-def sides(model: Model) -> tuple[int, int]:
-    """Return two sizes of input, whose results are 64 and 128 px."""
+def sides(model: Model) -> tuple[int, ...]:
+    """Return two sizes of input, whose results are 64 and 128 px; a guided restorer's are of one size."""
+    if model.card.result_size:
+        return (model.card.result_size,)
     scale = min(model.card.scales) if model.card.enlarge == "none" else 1
     return 64 // scale, 128 // scale
 
 
 def buckets(model: Model) -> list[Bucket]:
-    return [Bucket({"image": tuple((n, 3, side, side) for n in (1, 8, 64))}) for side in sides(model)]
+    shapes = [tuple((n, 3, side, side) for n in (1, 8, 64)) for side in sides(model)]
+    return [Bucket({spec.name: each for spec in model.card.inputs}) for each in shapes]
 
 
 def faces(n: int, side: int) -> np.ndarray:
@@ -39,6 +42,12 @@ def faces(n: int, side: int) -> np.ndarray:
     picture = resize(astronaut()[0:224, 112:336], (side, side), anti_aliasing=True).astype(np.float32)
     image = picture.transpose(2, 0, 1) * 2 - 1
     return np.stack([np.roll(image, place, axis=2) * (1 - place / 128) for place in range(n)]).astype(np.float32)
+
+
+def fed(model: Model, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what is fed with these faces; a guide is the face mirrored."""
+    mirrored = np.ascontiguousarray(images[..., ::-1])
+    return {spec.name: mirrored if spec.name == "guide" else images for spec in model.card.inputs}
 
 
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
@@ -79,10 +88,10 @@ def test_every_place_of_every_batch_is_what_onnx_runtime_gives(
 
     for side in sides(model):
         images = faces(max(BATCHES), side)
-        wanted = np.concatenate([exact.run(image=image[None])["restored"] for image in images])
+        wanted = np.concatenate([exact.run(**fed(model, image[None]))["restored"] for image in images])
         for n in BATCHES:
             for again in range(3):  # plainly, captured, from the graph
-                given = engine.run(image=images[:n])["restored"]
+                given = engine.run(**fed(model, images[:n]))["restored"]
                 worst = min(psnr(*pair) for pair in zip(given, wanted[:n], strict=True))
                 assert worst >= PRECISIONS[precision], f"{side} px, batch {n}, run {again + 1}: {worst:.1f} dB"
     engine.close()

@@ -19,12 +19,15 @@ WEIGHTS = sorted((Path(__file__).parents[2] / "models/weights").glob("*.onnx"))
 def test_torch_gives_what_onnx_runtime_gives(path: Path) -> None:
     from models.eager import EagerNetwork
 
-    images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 32, 32)).astype(np.float32)
+    model = Model.read(path)
+    side = model.card.result_size or 32
+    faces = np.random.default_rng(0).uniform(-1, 1, (len(model.card.inputs), 2, 3, side, side)).astype(np.float32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     network = EagerNetwork(path).network.cuda().eval()
 
     with torch.inference_mode():
-        given = network(torch.from_numpy(images).cuda()).cpu().numpy()
+        given = network(*torch.from_numpy(faces).cuda()).cpu().numpy()
 
-    wanted = OnnxEngine(Model.read(path)).run(image=images)["restored"]
+    feed = {spec.name: face for spec, face in zip(model.card.inputs, faces, strict=True)}
+    wanted = OnnxEngine(model).run(**feed)["restored"]
     np.testing.assert_allclose(given, wanted, atol=5e-3)

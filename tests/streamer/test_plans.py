@@ -8,7 +8,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,21 @@ from media import walk, write_video
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.card import CARD_KEY, NetworkCard, TensorSpec
-from engines.load import Plans, building
+from engines.compile import Request
+from engines.load import Backend, Plans, building
 from engines.ov import OpenVinoCompiler, openvino_installed
 from engines.plan import PlanStore
 from engines.serving import ServingEngine
 from engines.store import Model, cache_folder, default_store
 from streamer import wire
-from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, threads_for
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, threads_for, wanted
 from streamer.camera import Camera
 from streamer.client import EventSubscriber
 from streamer.config import StreamerConfig, load_config
+from streamer.guided import Guide
 from streamer.metrics import Metrics
+from streamer.plans import check_plans, compile_plans, requests
+from streamer.samples import faces, guided_proof
 from streamer.types import Frame
 
 pytestmark = pytest.mark.skipif(not openvino_installed(), reason="needs the extra openvino")
@@ -78,6 +83,41 @@ def config(tmp_path: Path, blur: Path, cache: Path) -> Path:
         f"publish:\n  endpoint: ipc://{tmp_path}/events\n  wait_for: 1\n"
     )
     return path
+
+
+@pytest.fixture
+def warping(tmp_path: Path) -> Path:
+    """A guided restorer: the mean of the crop and of the guide, warped by a flow that both decide."""
+    image = {"layout": "NCHW", "shape": ("n", 3, 64, 64)}
+    mask = TensorSpec(name="mask", layout="NCHW", shape=("n", 1, 64, 64))
+    card = NetworkCard(
+        name="warping", task="guided-restoration", result_size=64, output_range=(-1.0, 1.0), license="public domain",
+        mean=(127.5,) * 3, std=(127.5,) * 3,
+        inputs=tuple(TensorSpec(name=name, **image) for name in ("image", "guide")),
+        outputs=(*(TensorSpec(name=name, **image) for name in ("restored", "warped")), mask),
+    )  # fmt: skip
+    weight = np.random.default_rng(0).normal(0, 0.2, (3, 6, 3, 3)).astype(np.float32)
+    nodes = [
+        helper.make_node("Concat", ["image", "guide"], ["both"], axis=1),
+        helper.make_node("Conv", ["both", "weight"], ["looked"], "looking", pads=[1, 1, 1, 1]),
+        helper.make_node("Split", ["looked", "parts"], ["flow", "look"], axis=1),
+        helper.make_node("Sigmoid", ["look"], ["mask"]),
+        helper.make_node("Transpose", ["flow"], ["grid"], perm=[0, 2, 3, 1]),
+        helper.make_node("GridSample", ["guide", "grid"], ["warped"], padding_mode="border", align_corners=1),
+        helper.make_node("Add", ["image", "warped"], ["sum"]),
+        helper.make_node("Mul", ["sum", "half"], ["restored"]),
+    ]
+    constants = {"weight": weight, "parts": np.array([2, 1]), "half": np.float32(0.5)}
+    graph = helper.make_graph(
+        nodes, "warping",
+        [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape) for spec in card.inputs],
+        [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape) for spec in card.outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )  # fmt: skip
+    network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    network.metadata_props.add(key=CARD_KEY, value=card.model_dump_json())
+    onnx.save(network, tmp_path / "warping.onnx")
+    return tmp_path / "warping.onnx"
 
 
 # In mid-stream
@@ -148,6 +188,82 @@ def test_a_plan_takes_over_in_mid_stream_and_no_event_is_lost_doubled_or_out_of_
     assert states[0].building.keys() == {"detector", "restorer"}
     assert states[-1].building == {}
     assert all(len(entry["plan"]) == 12 for entry in states[-1].engines.values())
+
+
+# Guided restorers
+
+
+def guided_networks(backend: Backend, plans: Plans | None = None) -> Networks:
+    return Networks(default_store(offline=True), backend=backend, precision="fp32", threads=1, plans=plans)
+
+
+def compiled(wishes: Sequence[Request], store: PlanStore) -> list[str]:
+    said: list[str] = []
+    assert compile_plans(wishes, store, said.append, lambda name, what, share: None)
+    return said
+
+
+def test_a_guided_restorer_that_a_config_names_is_proven_and_restores_from_its_plan(
+    config: Path, warping: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STREAMER__RESTORER__NAME", str(warping))
+    store = PlanStore(tmp_path / "plans")
+    networks = guided_networks("openvino", Plans(store, build=False))
+    (crop, landmarks), (photo, points) = faces(40)[0], faces(64)[1]
+
+    _, named = wanted(load_config(config), networks)
+    said = compiled(requests([named], backend="openvino", precision="fp32", threads=1), store)
+    planned = networks.guided_restorer(str(warping))
+
+    (record,) = store.records()
+    assert "warping on openvino-cpu in fp32 passes:" in said[0]
+    assert (planned.engine.plan, planned.engine.backend) == (record.key, "openvino-cpu")
+    assert record.chosen is not None
+    assert record.chosen.cases == 3 * (1 + 2 + 4 + 8), "outputs, places in the batches"
+    plain = guided_networks("onnxruntime").guided_restorer(str(warping))
+    (here,), (there,) = (each.restore(crop, landmarks, [Guide("", photo, points)]) for each in (planned, plain))
+    assert np.abs(here.restored.astype(int) - there.restored).max() <= 1
+    assert np.abs(there.restored.astype(int) - photo).max() > 50
+
+
+def test_a_guided_restorers_plan_that_looks_elsewhere_in_the_guide_is_found_out(warping: Path, tmp_path: Path) -> None:
+    store, said = PlanStore(tmp_path / "plans"), list[str]()
+    named = guided_networks("openvino", Plans(store)).guided_wanted(str(warping))
+    wishes = requests([named], backend="openvino", precision="fp32", threads=1)
+    compiled(wishes, store)
+    elsewhere = onnx.load(warping)
+    weight = elsewhere.graph.initializer[0]
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[[1, 0, 2]], weight.name))  # x and y
+    onnx.save(elsewhere, tmp_path / "elsewhere.onnx")
+    _plan_of(tmp_path / "elsewhere.onnx", wishes[0].key, store)
+
+    whole = check_plans(wishes, store, said.append)
+
+    assert not whole and store.find(wishes[0].key) is None
+    assert "fails and is removed: restored at place 1 of 1 is" in said[-1]
+
+
+def test_without_a_plan_a_guided_restorer_runs_on_what_needs_none(warping: Path, cache: Path) -> None:
+    networks = guided_networks("auto", Plans(PlanStore(cache / "plans"), build=False))
+
+    restorer = networks.guided_restorer(str(warping))
+
+    assert (restorer.engine.plan, restorer.engine.backend) == ("", "openvino-cpu")
+
+
+def test_a_guided_restorer_is_proven_on_seven_faces_each_with_its_own_guide(warping: Path) -> None:
+    proof = guided_proof(Model.read(warping), max_batch=8)
+
+    samples, (bucket,) = proof.samples(), proof.buckets()
+
+    shapes = ((1, 3, 64, 64), (8, 3, 64, 64), (8, 3, 64, 64))
+    assert bucket.shapes == {"image": shapes, "guide": shapes}
+    assert len(samples) == 7
+    for name in ("image", "guide"):
+        given = [sample[name] for sample in samples]
+        assert {(each.shape, each.dtype.name) for each in given} == {((1, 3, 64, 64), "float32")}
+        assert min(np.abs(one - other).mean() for one, other in combinations(given, 2)) > 0.05
+    assert min(np.abs(sample["image"] - sample["guide"]).mean() for sample in samples) > 0.05
 
 
 # How networks are loaded
