@@ -51,7 +51,7 @@ $(VENV)/demo.stamp: $(VENV)/python.stamp pyproject.toml
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	@echo "Installing torch and the tools into $(VENV)"
-	$(PIP) install --quiet --editable '.[train,openvino,rtx,dev]'
+	$(PIP) install --quiet --editable '.[train,openvino,large,rtx,dev]'
 	@$(KEEP_CUDA_RUNTIME)
 	@touch $@
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pwd
 import signal
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -23,7 +26,7 @@ from engines.engine import EngineError, ModelError
 from engines.load import Plans, default_plans, on_gpu
 from engines.plan import PlanStore
 from engines.store import ModelStore, default_store
-from streamer import __version__, photos, plans
+from streamer import __version__, enrolment, photos, plans, vault
 from streamer.assembly import (
     Networks,
     load_stages,
@@ -33,11 +36,13 @@ from streamer.assembly import (
     threads_for,
     wanted,
 )
+from streamer.audit import AuditError
 from streamer.bench import bench
 from streamer.buckets import plan_buckets, plan_lines, read_histogram
 from streamer.camera import Camera, CameraError
 from streamer.client import EventSubscriber, SubscribeError
 from streamer.config import ConfigError, StreamerConfig, load_config
+from streamer.gallery import GalleryError
 from streamer.listen import describe, readable, save_side_by_side, to_json_line
 from streamer.metrics import Metrics
 from streamer.pipeline import Stages
@@ -51,7 +56,8 @@ _NO_CAMERA = [{"name": "none", "url": "rtsp://127.0.0.1/"}]
 _INTERRUPTED = 130
 """What Typer makes of a Ctrl-C."""
 WRONG = (
-    ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError, plans.PlanError
+    ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError, plans.PlanError,
+    enrolment.EnrolmentError, vault.VaultError, GalleryError, AuditError,
 )  # fmt: skip
 """What the user can mend: exit code 2."""
 
@@ -60,6 +66,12 @@ engines_app = typer.Typer(help="Plans: networks compiled and proven for this mac
 app.add_typer(engines_app, name="engines")
 models_app = typer.Typer(help="The networks: which there are, fetching one, its card.", rich_markup_mode=None)
 app.add_typer(models_app, name="models")
+gallery_app = typer.Typer(help="Who is enrolled: listing, removing, checking, taking elsewhere.", rich_markup_mode=None)
+app.add_typer(gallery_app, name="gallery")
+keys_app = typer.Typer(help="Keys.", rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
+audit_app = typer.Typer(help="The log of what was done to a gallery.", rich_markup_mode=None)
+app.add_typer(audit_app, name="audit")
 
 
 class LogLevel(StrEnum):
@@ -212,10 +224,12 @@ def restore(
     paths = photos.gather(inputs)
     photos.refuse_overwriting([*paths, *(guide or [])], out, crops=crops)
     # a plan for a GPU has the sizes of a run; here a network that is named runs at any
-    networks = Networks(_store(offline), plans=None if on_gpu("auto") else Plans(default_plans(), build=False))
+    plans_here = Plans(default_plans(), build=False)
+    networks = Networks(_store(offline), plans=None if on_gpu("auto") else plans_here)
     finder = None if crops else networks.detector(detector)
     if guide:
-        guided = networks.guided_restorer(restorer or "gfrnet")
+        # of one size wherever it runs
+        guided = Networks(_store(offline), plans=plans_here).guided_restorer(restorer or "gfrnet")
         guides = photos.read_guides(guide, finder)
         stages = photos.PhotoStages(finder, None, None, photos.Guiding(guided, guides, fuse=fuse, parts=parts))
     else:
@@ -234,6 +248,260 @@ def restore(
         told = "; ".join(f"{route.restorer} ({route.reason})" for route in routes) or "no face, skipped"
         print(f"{number}/{len(paths)} {path}: {told}", flush=True)
     return WRONG_INPUT if failed else DONE
+
+
+GalleryOption = Annotated[
+    Path | None,
+    typer.Option("--gallery", metavar="DIR", envvar="STREAMER_GALLERY", help="Its folder; by default the user's own."),
+]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `streamer gallery list` gives it.")]
+PassphraseOption = Annotated[
+    Path | None,
+    typer.Option("--passphrase-file", metavar="FILE", help="Its first line; by default the passphrase is asked for."),
+]
+TimeOption = Annotated[
+    datetime | None, typer.Option(metavar="TIME", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"], help="In UTC.")
+]
+
+
+@app.command()
+def enrol(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Whose photos they are.")] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Argument(metavar="PHOTO...", help="Photos of this person, files or folders.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Instead: a folder that holds one of photos for each person.")
+    ] = None,
+    gallery: GalleryOption = None,
+    watch_list: Annotated[str | None, typer.Option("--list", metavar="LIST", help="Put them on this list.")] = None,
+    purpose: Annotated[str | None, typer.Option(metavar="TEXT", help="Of a new list: what it is for.")] = None,
+    legal_basis: Annotated[str | None, typer.Option(metavar="TEXT", help="Of a new list: what allows it.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(min=-1, max=1, help="Of a new list: least similarity of a match.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Enrol what is refused too; it is recorded.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Enrol what passes though some is refused.")] = False,
+    embedder: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What embeds; by default what the gallery was made with.")
+    ] = None,
+    detector: Annotated[str, typer.Option(metavar="MODEL", help="What finds the faces.")] = "centerface",
+    as_json: JsonOption = False,
+    offline: OfflineOption = False,
+) -> int:
+    """Enrol a person's photos, or those of many persons: all of them, or none where one is refused."""
+    people = enrolment.gather(name, inputs or [], folder)
+    wish = enrolment.ListWish.of(watch_list, purpose=purpose, legal_basis=legal_basis, threshold=threshold)
+    plans_here = Plans(default_plans(), build=False)
+    networks = Networks(_store(offline), plans=None if on_gpu("auto") else plans_here)
+
+    def load_gate(model: str) -> enrolment.Gate:
+        embeds = networks.embedder(model)
+        assert embeds is not None
+        return enrolment.Gate(networks.detector(detector), embeds)
+
+    outcome = enrolment.enrol(
+        people, gallery or enrolment.default_gallery(), load_gate, who=_operator(), embedder=embedder, wish=wish,
+        force=force, keep_going=keep_going, tell=_photo_progress(people),
+    )  # fmt: skip
+    if outcome.made_key:
+        _say(f"made a gallery; its key is {outcome.made_key}: without it the gallery is of no use, so keep a copy")
+    for refused in outcome.refused:
+        _say(refused.line)
+    if outcome.refused and not outcome.enrolled:
+        _say("nothing was enrolled")
+    if as_json:
+        print(json.dumps(outcome.as_json()))
+    else:
+        for line in outcome.lines():
+            print(line)
+    return WRONG_INPUT if outcome.refused else DONE
+
+
+@gallery_app.command("list")
+def gallery_list(gallery: GalleryOption = None, as_json: JsonOption = False) -> int:
+    """List who is enrolled."""
+    with _desk(gallery) as desk:
+        identities = desk.gallery.identities()
+    if as_json:
+        print(json.dumps([enrolment.identity_json(identity) for identity in identities]))
+        return DONE
+    for identity in identities:
+        count = f"{len(identity.photos)} photo{'s' * (len(identity.photos) != 1)}"
+        print(f"{identity.id}  {count:>9}  {identity.added_at:%Y-%m-%d}  {identity.name}  {', '.join(identity.lists)}")
+    return DONE
+
+
+@gallery_app.command("show")
+def gallery_show(
+    identity: IdArgument,
+    gallery: GalleryOption = None,
+    save: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the enrolled crops to this folder.")] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Show a person's photos: their quality, and what was let through."""
+    if save is not None:
+        _make_folder("--save", save)
+    with _desk(gallery) as desk:
+        person = desk.gallery.identity(identity)
+        enrolled = [desk.gallery.photo(photo) for photo in person.photos]
+    if save is not None:
+        for photo in enrolled:
+            enrolment.save_photo(photo, save)
+    if as_json:
+        print(json.dumps(enrolment.identity_json(person, enrolled)))
+        return DONE
+    lists = ", ".join(person.lists) or "none"
+    print(f"{person.id}  {person.name}, enrolled {person.added_at:%Y-%m-%d}; lists: {lists}")
+    for photo in enrolled:
+        print(enrolment.photo_line(photo))
+    return DONE
+
+
+@gallery_app.command("remove")
+def gallery_remove(
+    identity: IdArgument,
+    gallery: GalleryOption = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> int:
+    """Remove a person for good: name, photos and templates."""
+    with _desk(gallery) as desk:
+        person = desk.gallery.identity(identity)
+        if not yes and not sys.stdin.isatty():
+            raise typer.BadParameter("is wanted where nobody can be asked", param_hint="--yes")
+        if not yes and not typer.confirm(f"Remove {person.name} with {len(person.photos)} photos for good?"):
+            _say("nothing was removed")
+            return FAILED
+        desk.remove(person, who=_operator())
+    print(f"removed {identity}")
+    return DONE
+
+
+@gallery_app.command("verify")
+def gallery_verify(gallery: GalleryOption = None) -> int:
+    """Open everything that is enrolled, and say what is wrong."""
+    with _desk(gallery) as desk:
+        findings, count = desk.gallery.verify(), len(desk.gallery.identities())
+    return _findings(findings, f"{count} persons, all as they were enrolled")
+
+
+@gallery_app.command("export")
+def gallery_export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="To be written, encrypted.")],
+    gallery: GalleryOption = None,
+    passphrase: PassphraseOption = None,
+) -> int:
+    """Write everything to one encrypted file."""
+    with _desk(gallery) as desk:
+        count = desk.export(file, _passphrase(passphrase, twice=True), who=_operator())
+    print(f"{count} persons in {file}")
+    return DONE
+
+
+@gallery_app.command("import")
+def gallery_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `streamer gallery export` wrote.")],
+    gallery: GalleryOption = None,
+    passphrase: PassphraseOption = None,
+) -> int:
+    """Add everything of an exported file, or nothing."""
+    secret = _passphrase(passphrase)
+    desk, made_key = enrolment.Desk.open_or_make(gallery or enrolment.default_gallery())
+    with desk:
+        count = desk.import_(file, secret, who=_operator())
+    if made_key:
+        _say(f"made a gallery; its key is {made_key}: without it the gallery is of no use, so keep a copy")
+    print(f"{count} persons out of {file}")
+    return DONE
+
+
+@keys_app.command("new")
+def keys_new(
+    gallery: Annotated[bool, typer.Option("--gallery", help="A gallery's.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Where; by default where it is looked for.")] = None,
+) -> int:
+    """Make a key. None is ever overwritten."""
+    if not gallery:
+        raise typer.BadParameter("is wanted: there is no other kind of key yet", param_hint="--gallery")
+    path = out or vault.key_file()
+    vault.new_key(path)
+    print(path)
+    return DONE
+
+
+@audit_app.command("verify")
+def audit_verify(gallery: GalleryOption = None) -> int:
+    """Check the log's chain: what was changed, taken out or cut off shows."""
+    with _desk(gallery) as desk:
+        return _findings(desk.log.verify(), "the log is whole")
+
+
+@audit_app.command("export")
+def audit_export(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="To be written, as JSON lines.")],
+    gallery: GalleryOption = None,
+    since: TimeOption = None,
+    until: TimeOption = None,
+) -> int:
+    """Write the log, or a part of it, to a file."""
+    with _desk(gallery) as desk:
+        count = desk.log.export(file, _utc(since), _utc(until))
+    print(f"{count} entries in {file}")
+    return DONE
+
+
+def _desk(folder: Path | None) -> enrolment.Desk:
+    return enrolment.Desk.open(folder or enrolment.default_gallery())
+
+
+def _findings(findings: list[str], otherwise: str) -> int:
+    for finding in findings or [otherwise]:
+        print(finding)
+    return FAILED if findings else DONE
+
+
+def _operator() -> str:
+    """Return who is at it, for the audit log: the account, whatever the environment says."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid {os.getuid()}"
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return time and time.replace(tzinfo=UTC)
+
+
+def _passphrase(file: Path | None, *, twice: bool = False) -> str:
+    if file is not None:
+        try:
+            return file.read_text().partition("\n")[0]
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "is no text"
+            raise typer.BadParameter(f"{file}: {reason}", param_hint="--passphrase-file") from exc
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("is wanted where nobody can be asked", param_hint="--passphrase-file")
+    return str(typer.prompt("Passphrase", hide_input=True, confirmation_prompt=twice, err=True))
+
+
+def _photo_progress(people: list[enrolment.Person]) -> Callable[[enrolment.Person, Path], None]:
+    """Return what shows how far it is: on a terminal a bar that grows, elsewhere a line for each of several persons."""
+    total, done = sum(len(person.photos) for person in people), 0
+    begun: set[str] = set()
+
+    def tell(person: enrolment.Person, path: Path) -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            bar = "#" * (20 * done // total)
+            ends = "\n" if done == total else "\r"
+            print(f"[{bar:20}] {done}/{total} {path.name}"[:79].ljust(79), end=ends, file=sys.stderr, flush=True)
+        elif len(people) > 1 and person.name not in begun:
+            begun.add(person.name)
+            photos_of = f"{len(person.photos)} photo{'s' * (len(person.photos) != 1)}"
+            print(f"{len(begun)}/{len(people)} {person.name}: {photos_of}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @app.command("bench")

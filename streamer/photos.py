@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import stat
+import struct
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from streamer.detector import FaceDetector
 from streamer.geometry import cut_crop, transform_points, upright_landmarks
@@ -24,6 +30,16 @@ from streamer.types import Crop, Moment, Quality, Route, Track
 logger = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+MOST_BYTES = 200 * 2**20
+MOST_PIXELS = 100_000_000
+"""Of a photo: 300 MB when decoded. What claims more is a decompression bomb, or wants shrinking."""
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+"""No others: one of Pillow's readers starts a program."""
+_DAMAGED = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, AttributeError, LookupError, ArithmeticError,
+    RuntimeError, MemoryError,
+)  # fmt: skip
+"""What Pillow raises where a file is not what it says."""
 _FEATHER = 0.1  # of the crop's side: how wide its edge fades into the photo
 
 
@@ -86,16 +102,45 @@ def refuse_overwriting(photos: Sequence[Path], folder: Path, *, crops: bool) -> 
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Return the image of a file, upright by its EXIF, as HWC uint8 BGR. Raises PhotoError."""
+    """Return the image of a file, upright by its EXIF, as HWC uint8 BGR; what is transparent is white.
+
+    Colours of any kind and depth become 8 bits each. Raises PhotoError for what is no photo, is damaged or cut off,
+    holds several pictures, or would not fit into memory; of those nothing is decoded.
+    """
+    return decode_image(read_bytes(path), str(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a photo's file holds. Raises PhotoError, also for what is no file: a pipe would never end."""
     try:
-        content = np.frombuffer(path.read_bytes(), np.uint8)
-        image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
-    except (OSError, cv2.error) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else "not an image that can be decoded"
-        raise PhotoError(f"{path}: {reason}") from exc
-    if image is None:
-        raise PhotoError(f"{path}: not an image that can be decoded")
-    return image
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise PhotoError(f"{path}: not a file")
+            if status.st_size > MOST_BYTES:
+                raise PhotoError(f"{path}: {status.st_size / 2**20:.0f} MiB; a photo has {MOST_BYTES >> 20} at most")
+            return file.read()
+    except OSError as exc:
+        raise PhotoError(f"{path}: {exc.strerror}") from exc
+
+
+def decode_image(content: bytes, name: str) -> np.ndarray:
+    """Return the image of a file's bytes, as `read_image` does; `name` is what errors call it. Raises PhotoError."""
+    if not content:
+        raise PhotoError(f"{name}: the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of much that an operator can do nothing about
+        try:
+            with Image.open(BytesIO(content), formats=_FORMATS) as picture:
+                _refuse_size_and_number(picture, name)
+                return _pixels(ImageOps.exif_transpose(picture), name)
+        except PhotoError:
+            raise
+        except Image.DecompressionBombError as exc:
+            most = MOST_PIXELS // 10**6
+            raise PhotoError(f"{name}: more than the {most} million pixels that are decoded at most") from exc
+        except _DAMAGED as exc:
+            raise PhotoError(f"{name}: {_why(content, exc)}") from exc
 
 
 def restore_photo(path: Path, folder: Path, stages: PhotoStages) -> list[Route]:
@@ -178,6 +223,44 @@ def write_image(path: Path, image: np.ndarray) -> None:
         path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
     except OSError as exc:
         raise PhotoError(f"{path}: {exc.strerror}") from exc
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to opens at once."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _refuse_size_and_number(picture: Image.Image, name: str) -> None:
+    """Raise PhotoError by what a file's header says: nothing is decoded yet."""
+    width, height = picture.size
+    if width * height > MOST_PIXELS:
+        raise PhotoError(f"{name}: {width}x{height} pixels; {MOST_PIXELS // 10**6} million are decoded at most")
+    number = getattr(picture, "n_frames", 1)
+    if number > 1 and picture.format != "MPO":  # a camera's JPEG with a preview or a map of depths behind the photo
+        raise PhotoError(f"{name}: {number} pictures in one file; give the one that is meant as a file of its own")
+
+
+def _pixels(picture: Image.Image, name: str) -> np.ndarray:
+    """Decode. Raises PhotoError for pixels that are no colours."""
+    if picture.mode == "F":
+        raise PhotoError(f"{name}: its pixels are floating-point numbers; save it as JPEG or PNG")
+    if picture.mode.startswith("I"):
+        deep = np.asarray(picture)
+        grey = (deep.clip(0, 65535) >> 8).astype(np.uint8)
+        return cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        white.alpha_composite(picture.convert("RGBA"))
+        picture = white
+    return np.ascontiguousarray(np.asarray(picture.convert("RGB"))[..., ::-1])
+
+
+def _why(content: bytes, exc: Exception) -> str:
+    if content[4:8] == b"ftyp" and any(brand in content[8:40] for brand in (b"hei", b"hev")):
+        return "HEIC, which is not decoded here: save it as JPEG or PNG"
+    if isinstance(exc, UnidentifiedImageError):
+        return "not an image that can be decoded"
+    return "damaged or cut off: it cannot be decoded to its end"
 
 
 def _sources(name: str, crops: bool) -> set[str]:
