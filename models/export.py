@@ -104,7 +104,7 @@ def export(state: dict[str, Any], path: Path, *, name: str, license: str, traine
         card = guided_card(network.config, **said, side=side)
         model = guided_to_onnx(network, side=side)
     else:
-        card = restorer_card(network, **said, enlarge=config["enlarge"])
+        card = restorer_card(network, **said, enlarge=config.get("enlarge", "cubic"))
         model = to_onnx(network.eval())
     same = _same(model, weights)
     _halve(model)

@@ -132,8 +132,8 @@ class Restoration(nn.Module):
         else:
             self.tail = nn.Sequential(Group(half, end, 2, config), last)
         if config.residual:
+            self.apply(_begin)
             nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.first_rise(self.trunk(self.head(image)))
@@ -411,7 +411,7 @@ def generator_totals(
     zero = faces.high.new_zeros(())
     adversarial = {"L1": zero, "H1": zero, "L2": zero, "H2": zero}
     for name, (_, fake) in _judged(faces, losses).items():
-        with _frozen(discriminators[name]):
+        with frozen(discriminators[name]):
             adversarial[name] = losses.alpha * hinge_generator_loss(discriminators[name](fake))
     pixel, cycle = losses.beta * losses.pixel, losses.beta * losses.cycle
     totals = {"R_LS": zero if identity is None else identity(faces)}
@@ -437,7 +437,8 @@ def _judged(faces: ScganFaces, losses: ScganLosses) -> dict[str, tuple[Tensor, T
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+def frozen(network: nn.Module) -> Iterator[None]:
+    """In here no gradient reaches the network's weights."""
     learning = [p for p in network.parameters() if p.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -459,6 +460,18 @@ def _sharing(first: Degradation, second: Degradation, share: Share) -> Degradati
     if share in ("body", "decoder", "middle"):
         second.decoder = first.decoder
     return second
+
+
+def _begin(module: nn.Module) -> None:
+    """He's first weights, and blocks that add a tenth. PyTorch's own lose half of a signal in each convolution, so that
+    what the last one has to learn from is next to nothing."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    if isinstance(module, ResidualBlock) and isinstance(module.second, nn.Conv2d):
+        with torch.no_grad():
+            module.second.weight.mul_(0.1)
 
 
 def _conv(channels_in: int, channels_out: int, config: ScganConfig) -> nn.Module:

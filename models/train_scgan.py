@@ -3,6 +3,9 @@
 A step goes in the author code's order: both cycles, each discriminator by its own loss, then the branches by the sum of
 their totals on the graph that is there already, so that the fakes are one step of the discriminators old. R_LS alone is
 averaged, validated and shipped.
+
+Before that a run may have two stages of our own, which are no part of the paper: R_LS alone by pairs, and R_LS by pairs
+with H1, which judges it. They are many times cheaper than both cycles, and begin them with a restorer that restores.
 """
 
 from __future__ import annotations
@@ -10,14 +13,14 @@ from __future__ import annotations
 import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 import torch
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,11 +42,13 @@ from models.losses import FaceLikeness, Judges, Perceptual
 from models.mine import judging
 from models.scgan import (
     Cycles,
+    ForwardCycle,
     ScganBranches,
     ScganFaces,
     ScganLosses,
     Share,
     discriminator_losses,
+    frozen,
     generator_totals,
     make_discriminators,
 )
@@ -97,6 +102,14 @@ class ScganRunConfig(RunConfig):
     quality: Annotated[tuple[Quality, Quality], AfterValidator(_rising)] = (40, 95)
     """Range of the degraded faces' JPEG quality."""
 
+    warm_share: float = Field(0.0, ge=0, le=1)
+    """The first part of the run, in which R_LS learns alone, by pairs: from high faces degraded by the ranges above
+    back to the same faces, by the cycle loss (L1) and the embedder's. No degraders, no discriminators, no real low
+    faces. The paper has no such stage; a step of it costs a tenth of one by both cycles."""
+    paired_share: float = Field(0.0, ge=0, le=1)
+    """The part of the run after that, in which H1 learns too, and judges the faces that R_LS restores from such pairs.
+    The paper has no such stage either. What is left of the run is the paper's: both cycles."""
+
     share: Share = "none"
     """What D_HL and D_SL have in common: none (SCGAN), all (-fc), body (-SA), encoder (-SE), decoder (-SD) or middle
     (-SM)."""
@@ -122,10 +135,26 @@ class ScganRunConfig(RunConfig):
     """Of 1 − cosine to the high face's embedding, in R_LS's total."""
     feature_weight: float = Field(0.05, ge=0)
     """Of the distance between the embedder's features of restored and high face, in R_LS's total."""
+    matching_weight: float = Field(0.0, ge=0)
+    """Of the distance between H1's features of restored and high face (feature matching), in R_LS's total, wherever H1
+    learns. The paper has none."""
     likeness_batch: int = Field(4, gt=0)
     """So many faces of a batch are seen by the embedder."""
     perceptual: RelativePath | None = None
     """LPIPS as ONNX, to validate by, never to learn from. It wants sides of 64 px and more."""
+
+    @model_validator(mode="after")
+    def _stages(self) -> ScganRunConfig:
+        if self.warm_share + self.paired_share > 1:
+            raise ValueError(f"warm_share {self.warm_share:g}, paired_share {self.paired_share:g}: more than the run")
+        losses, by_pairs = self.losses, self.warm_share + self.paired_share > 0
+        if by_pairs and not (losses.cycle and losses.beta * losses.theta):
+            raise ValueError("warm_share, paired_share: pairs are learned from by the cycle loss, whose weight is 0")
+        if self.paired_share and not (losses.h1 and self.cycles != "backward"):
+            raise ValueError("paired_share: there is no H1 to judge the pairs")
+        if by_pairs and self.minutes:
+            raise ValueError("minutes: a run's pace is measured on both cycles; with pairs before them give steps")
+        return self
 
 
 def make_branches(config: ScganRunConfig) -> ScganBranches:
@@ -177,6 +206,7 @@ class ScganTraining(Task):
             real = RealFaces([image for source in config.low for image in load_low(source)], lows, self.device)
         sides = _two_sides(config, self.device)
         self.batches = ScganBatches(sides, real, config, rank, self.branches.noise)
+        self.pairs = ScganPairBatches(sides, config, rank)
         with place(f"validation: {config.validation}"):
             best = {face.identity: face for face in reversed(load_faces(config.validation))}  # the first is the best
             kept = FaceTensors(list(best.values()), self.device)
@@ -184,28 +214,49 @@ class ScganTraining(Task):
         return sum(map(len, sides))
 
     def learn(self, network: nn.Module, step: int, config: RunConfig) -> dict[str, float]:
-        """Not through `network`: R_LS sees two batches before its step, and processes share its gradients below."""
-        losses, device = self.config.losses, self.device
+        """Not through `network`: R_LS may see two batches before its step, and processes share its gradients below."""
         self._set_rates(schedule(step, config))
-        batch = self.batches[step]
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        part, warm = step / config.steps, self.config.warm_share
+        if part < warm + self.config.paired_share:
+            return self._by_pairs(self.pairs[step], judged=part >= warm)
+        return self._by_cycles(self.batches[step])
+
+    def _by_pairs(self, pairs: ScganPairs, *, judged: bool) -> dict[str, float]:
+        """Let R_LS restore faces whose truth is known, in the place of the forward cycle; H1 judges if `judged`."""
+        with self._bf16():
+            cycle = ForwardCycle(pairs.low, self.network(pairs.low))
+        losses = replace(self.config.losses, l1=False, h1=judged)
+        parts = self._step(ScganFaces(pairs.high, pairs.low, cycle, None), pairs.landmarks, losses, degraders=False)
+        del parts["D_HL"]  # what the fixed damage has in the place of a loss
+        return parts
+
+    def _by_cycles(self, batch: ScganBatch) -> dict[str, float]:
+        losses = self.config.losses
+        with self._bf16():
             faces = self.branches(batch.high, batch.low, batch.z, detach=losses.detach_cycles)
+        return self._step(faces, batch.landmarks, losses, degraders=True)
+
+    def _step(self, faces: ScganFaces, landmarks: Tensor, losses: ScganLosses, *, degraders: bool) -> dict[str, float]:
+        """Step the discriminators, then R_LS, and the degraders where they take part; return what they minimised."""
+        with self._bf16():
             judged = discriminator_losses(faces, self.discriminators, losses)
         parts = {name: self.judging[name].step(loss) for name, loss in judged.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+        with self._bf16():
             totals = generator_totals(
                 faces,
                 self.discriminators,
                 losses,
-                identity=lambda faces: self._identity(faces, batch.landmarks, parts),
+                identity=lambda faces: self._identity(faces, landmarks, parts) + self._matching(faces, losses, parts),
             )
-        learners = ((self.network, self.optimizer), (self.degraders.network, self.degraders.optimizer))
+        learners = [(self.network, self.optimizer)]
+        if degraders:
+            learners.append((self.degraders.network, self.degraders.optimizer))
         for _, optimizer in learners:
             optimizer.zero_grad(set_to_none=True)
         torch.stack([*totals.values()]).sum().backward()
         for each, optimizer in learners:
             share_gradients(each)
-            nn.utils.clip_grad_norm_(each.parameters(), config.clip)
+            nn.utils.clip_grad_norm_(each.parameters(), self.config.clip)
             optimizer.step()
         return parts | {name: float(total.detach()) for name, total in totals.items()}
 
@@ -234,6 +285,25 @@ class ScganTraining(Task):
             for group in learner.optimizer.param_groups:
                 group["lr"] = rates.get(name, self.config.discriminator_rate) * part
 
+    def _bf16(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=has_bf16(self.device))
+
+    def _matching(self, faces: ScganFaces, losses: ScganLosses, parts: dict[str, float]) -> Tensor:
+        """Return the weighted distance of H1's features of the forward cycle's faces, in parts of the high face's mean
+        absolute feature; tell it in `parts`."""
+        zero, weight = faces.high.new_zeros(()), self.config.matching_weight
+        if not (weight and losses.h1 and faces.forward):
+            return zero
+        judge = self.discriminators["H1"]
+        with torch.no_grad():
+            truth = _features(judge, faces.high)
+        with frozen(judge):
+            found = _features(judge, faces.forward.recovered)
+        distances = [(a - b).abs().mean() / b.abs().mean() for a, b in zip(found, truth, strict=True)]
+        distance = torch.stack(distances).mean()
+        parts["matching"] = float(distance.detach())
+        return weight * distance
+
     def _identity(self, faces: ScganFaces, landmarks: Tensor, parts: dict[str, float]) -> Tensor:
         """Return the weighted identity loss of the forward cycle; tell the cosine in `parts`."""
         config, likeness = self.config, self.judges.likeness
@@ -251,17 +321,33 @@ class ScganTraining(Task):
         return share * (config.identity_weight * (1 - cosine).mean() + config.feature_weight * distance.mean())
 
 
+def _features(judge: nn.Module, image: Tensor) -> list[Tensor]:
+    """Return what each block of a discriminator gives."""
+    features = [image]
+    for block in judge.blocks:  # type: ignore[union-attr]
+        features.append(block(features[-1]))
+    return features[1:]
+
+
 # The two sides
 
 
 @dataclass(frozen=True, slots=True)
-class ScganBatch:
+class ScganPairs:
     """Images are (n, 3, height, width) float32 RGB in [-1, 1]."""
 
     high: Tensor
     """Real high faces (n, 3, H, W)."""
     landmarks: Tensor
     """(n, 5, 2) in pixels of `high`; NaN where unknown."""
+    low: Tensor
+    """The same faces degraded (n, 3, H / 4, W / 4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScganBatch(ScganPairs):
+    """High faces with low ones that are not theirs."""
+
     low: Tensor
     """Low faces of other people (n, 3, H / 4, W / 4): first the real ones, then those that were degraded."""
     z: Tensor
@@ -286,24 +372,43 @@ class ScganBatches:
 
     def __getitem__(self, step: int) -> ScganBatch:
         config = self.config
-        key = (config.seed, self.rank, step)
-        rng = np.random.default_rng(key)
-        draws = degradation.generators(*key, device=self.sides[0].device)
-        shares = np.array(list(config.sides.values()))
-        side = list(config.sides)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+        rng, draws, side = _drawing(config, self.rank, step, self.sides[0].device)
         here = int(rng.integers(2))
         clean = high_faces(self.sides[here], rng, config.batch, side)
         degraded = int(config.degraded_share * config.batch + rng.random())  # a half of odd batches in the mean too
         low = [self.real.crops(rng, config.batch - degraded, side // 4)] if degraded < config.batch else []
         if degraded:
-            others = high_faces(self.sides[1 - here], rng, degraded, side)
-            low.append(
-                degradation.scgan(
-                    others.images, draws, blur=config.blur, noise=config.noise, quality=config.quality
-                )
-            )  # fmt: skip
+            low.append(_degraded(high_faces(self.sides[1 - here], rng, degraded, side), draws, config))
         high = _centred(clean.images)
         return ScganBatch(high, clean.landmarks, _centred(torch.cat(low)), self.noise(high, draws.noise))
+
+
+class ScganPairBatches:
+    """Batch `step` of pairs is a function of seed, rank and step, too: of either half of the people."""
+
+    def __init__(self, sides: tuple[FaceTensors, FaceTensors], config: ScganRunConfig, rank: int) -> None:
+        self.sides, self.config, self.rank = sides, config, rank
+
+    def __getitem__(self, step: int) -> ScganPairs:
+        rng, draws, side = _drawing(self.config, self.rank, step, self.sides[0].device)
+        clean = high_faces(self.sides[int(rng.integers(2))], rng, self.config.batch, side)
+        low = _degraded(clean, draws, self.config)
+        return ScganPairs(_centred(clean.images), clean.landmarks, _centred(low))
+
+
+def _drawing(
+    config: ScganRunConfig, rank: int, step: int, device: torch.device
+) -> tuple[np.random.Generator, degradation.Generators, int]:
+    """Return the generators of a batch, and the side of its high faces."""
+    key = (config.seed, rank, step)
+    rng, shares = np.random.default_rng(key), np.array(list(config.sides.values()))
+    side = list(config.sides)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+    return rng, degradation.generators(*key, device=device), side
+
+
+def _degraded(clean: Clean, draws: degradation.Generators, config: ScganRunConfig) -> Tensor:
+    """Return the faces (n, 3, H / 4, W / 4) in 0..255, degraded as the run says."""
+    return degradation.scgan(clean.images, draws, blur=config.blur, noise=config.noise, quality=config.quality)
 
 
 class RealFaces:

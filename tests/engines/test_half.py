@@ -102,7 +102,7 @@ def test_no_float32_is_left_in_a_shipped_network_but_at_its_edges(path: Path, pr
     types = Counter(tensor.data_type for tensor in halved.graph.initializer)
     scales = {node.input[2] for node in halved.graph.node if node.op_type == "Resize"}  # float32, says ONNX
     assert types[TensorProto.FLOAT] == len(scales)
-    assert types[HALVES[precision]] > 50
+    assert types[HALVES[precision]] > 30
     casts = [(list(node.input), list(node.output)) for node in halved.graph.node if node.op_type == "Cast"]
     assert casts == [(["image"], [f"image.{precision}"]), ([f"restored.{precision}"], ["restored"])]
     for value in (*halved.graph.input, *halved.graph.output):
@@ -142,7 +142,7 @@ def test_folding_the_stored_weights_changes_no_result(path: Path) -> None:
 
     stored = {tensor.name for tensor in plain.graph.initializer}
     assert not [node for node in plain.graph.node if node.op_type == "Cast" and node.input[0] in stored]
-    assert {tensor.data_type for tensor in plain.graph.initializer} == {TensorProto.FLOAT, TensorProto.INT64}
+    assert {tensor.data_type for tensor in plain.graph.initializer} <= {TensorProto.FLOAT, TensorProto.INT64}
     # ONNX Runtime packs plain weights, and then adds up in another order
     given, exact = (run(each, **shown)["restored"] for each in (plain, network))
     np.testing.assert_allclose(given, exact, atol=1e-5)

@@ -26,6 +26,7 @@ from models.settings import SettingsError, read_settings  # noqa: E402
 from models.train_scgan import (  # noqa: E402
     RealFaces,
     ScganBatches,
+    ScganPairBatches,
     ScganRunConfig,
     ScganTraining,
     load_low,
@@ -125,15 +126,21 @@ def judges(labelled: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {**AUTHOR, "share": "middle", "losses": {"detach_cycles": False}}],
-    ids=["ours", "the author's, with shared layers, attached"],
+    ("changes", "killing"),
+    [
+        ({}, ScganBatches),
+        ({**AUTHOR, "share": "middle", "losses": {"detach_cycles": False}}, ScganBatches),
+        ({"warm_share": 1}, ScganPairBatches),
+        ({"warm_share": 0.5, "paired_share": 0.5, "matching_weight": 1}, ScganPairBatches),
+        ({"warm_share": 0.25, "paired_share": 0.25}, ScganBatches),
+    ],
+    ids=["ours", "the author's, with shared layers, attached", "warm", "pairs alone", "all stages"],
 )
-def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(labelled, real, tmp_path, changes):
+def test_a_run_killed_and_resumed_ends_with_the_same_weights_bit_for_bit(labelled, real, tmp_path, changes, killing):
     data = labelled / "faces.tar"
     changes = {**judges(labelled), "steps": 4, **changes}
     train(data, real, tmp_path / "whole", **changes)
-    with killed_before(ScganBatches, 3):
+    with killed_before(killing, 3):
         train(data, real, tmp_path / "killed", **changes)
     assert load_checkpoint(tmp_path / "killed/last.pt")["step"] == 2
 
@@ -161,6 +168,63 @@ def test_every_network_learns_at_its_own_rate_which_falls_as_the_loop_s_does(fac
     assert schedule(3, made.config) == 0.25
     for name, other in made.others.items():
         assert other.optimizer.param_groups[0]["lr"] == (5e-5 if name == "degraders" else 2.5e-5)
+
+
+def test_a_run_s_stages_end_at_their_shares_and_each_trains_its_networks_alone(labelled, real, tmp_path):
+    shares = {"warm_share": 0.25, "paired_share": 0.5, "steps": 4, "matching_weight": 1}
+    made = task(labelled / "faces.tar", real, tmp_path, **judges(labelled), **shares)
+    networks = {"R_LS": made.network, **dict(made.degraders.network.named_children()), **made.discriminators}
+
+    def state() -> dict[str, Any]:
+        weights = {name: dict(network.state_dict()) for name, network in networks.items()}
+        return {name: {key: value.clone() for key, value in each.items()} for name, each in weights.items()}
+
+    learned, told = [], []
+    for step in range(4):
+        before = state()
+        told.append(made.learn(made.network, step, made.config).keys())
+        learned.append({name for name, each in state().items() if not equal(each, before[name])})
+        moments = {name for name, other in made.others.items() if other.optimizer.state}
+        assert moments == [set(), {"H1"}, {"H1"}, set(made.others)][step]
+
+    assert learned == [{"R_LS"}, {"R_LS", "H1"}, {"R_LS", "H1"}, set(networks)]
+    assert told[0] == {"R_LS", "cosine"}
+    assert told[1] == told[2] == {"R_LS", "cosine", "H1", "matching"}
+    assert told[3] == {"R_LS", "D_HL", "D_SL", "cosine", "matching", "L1", "L2", "H1", "H2"}
+
+
+def test_warm_steps_teach_the_restorer_the_pairs_that_it_is_given(faces, real, tmp_path):
+    torch.manual_seed(0)
+    made = task(faces, real, tmp_path, warm_share=1, learning_rate=2e-3, steps=100)
+    pairs = made.pairs[50]
+
+    def distance() -> float:
+        with torch.no_grad():
+            return float((made.network(pairs.low) - pairs.high).abs().mean())
+
+    before = distance()
+    for _ in range(25):
+        made.learn(made.network, 50, made.config)
+
+    assert distance() < 0.97 * before  # 0.953
+
+
+def test_features_that_h1_sees_take_part_by_their_weight_and_never_train_it(faces, real, tmp_path):
+    ended, judged = {}, {}
+    for weight in (0, 1):
+        torch.manual_seed(0)
+        made = task(faces, real, tmp_path, warm_share=0, paired_share=1, matching_weight=weight)
+        before = [p.clone() for p in made.discriminators["H1"].parameters()]
+        parts = made.learn(made.network, 0, made.config)
+        ended[weight] = dict(made.network.state_dict())
+        # the next step's gradients of H1 are of its own loss, so its first step is the same with and without
+        judged[weight] = [p.clone() for p in made.discriminators["H1"].parameters()]
+        assert any(not torch.equal(a, b) for a, b in zip(before, judged[weight], strict=True))
+        assert ("matching" in parts) == bool(weight)
+        assert all(p.requires_grad for p in made.discriminators["H1"].parameters())
+
+    assert equal(judged[0], judged[1])
+    assert not equal(ended[0], ended[1])
 
 
 @pytest.mark.parametrize("changes", [{}, AUTHOR, {"override": {**TINY, "spectral_norm": True}}], ids=str)
@@ -292,6 +356,27 @@ def test_a_batch_is_a_function_of_seed_rank_and_step(faces, real, tmp_path):
         assert not any(equal(a, b) for a, b in zip(tensors(first, 3), other, strict=True) if a.shape == b.shape)
 
 
+def test_a_pair_is_one_face_and_comes_from_everybody(real, tmp_path):
+    colours = {"0": (200, 30, 30), "1": (30, 30, 200), "2": (200, 200, 30), "3": (30, 30, 30), "4": (220, 220, 220)}
+    (tmp_path / "people").mkdir()
+    for name, colour in colours.items():
+        cv2.imwrite(str(tmp_path / f"people/{name}.png"), np.full((160, 160, 3), colour[::-1], np.uint8))
+    known = torch.tensor(list(colours.values())).float()
+    pairs = task(tmp_path / "people", real, tmp_path / "out", batch=5, degraded_share=0).pairs
+
+    def people(images: torch.Tensor) -> list[int]:
+        return torch.cdist((images.mean(dim=(2, 3)) + 1) * 127.5, known).argmin(dim=1).tolist()
+
+    seen = set()
+    for step in range(20):
+        batch = pairs[step]
+        assert batch.high.shape == (5, 3, 32, 32) and batch.low.shape == (5, 3, 8, 8)
+        assert people(batch.high) == people(batch.low)
+        seen |= set(people(batch.high))
+    assert seen == set(range(5))
+    assert equal([pairs[3].high, pairs[3].low], [pairs[3].high, pairs[3].low])
+
+
 def test_a_real_face_is_never_shrunk_by_more_than_a_quarter_nor_enlarged_by_more_than_a_tenth():
     natives = range(12, 25)
     images = []
@@ -386,6 +471,12 @@ def run(path: Path, **written: object) -> None:
         ({"data": ["faces_test.tar"]}, "data.0: faces_test is kept from training"),
         ({"validation": "nowhere.tar"}, "validation: "),
         ({"discriminator_width": 0}, "discriminator_width: "),
+        ({"warm_share": 1.1}, "warm_share: "),
+        ({"warm_share": 0.6, "paired_share": 0.6}, "warm_share 0.6, paired_share 0.6: more than the run"),
+        ({"warm_share": 0.5, "losses": {"cycle": False}}, "pairs are learned from by the cycle loss"),
+        ({"paired_share": 0.5, "losses": {"h1": False}}, "paired_share: there is no H1"),
+        ({"paired_share": 0.5, "cycles": "backward"}, "paired_share: there is no H1"),
+        ({"warm_share": 0.5, "minutes": 1}, "minutes: a run's pace is measured on both cycles"),
     ],
     ids=str,
 )
@@ -414,7 +505,7 @@ def test_a_resumed_run_keeps_the_networks_that_a_change_does_not_touch(faces, re
     assert made.outdated({"discriminator_width"}) == {"L1", "H1", "L2", "H2"}
 
 
-@pytest.mark.parametrize("name", ["scgan", "scgan-x", "scgan-small"])
+@pytest.mark.parametrize("name", ["scgan", "scgan-x", "scgan-small", "scgan-x-small"])
 def test_the_configs_that_ship_are_runs(name):
     config = read_settings(ScganRunConfig, ROOT / f"configs/train/{name}.yaml")
 
