@@ -18,7 +18,7 @@ from onnx import numpy_helper
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from models import gfrnet, rivals, scgan, sgen, sisn
+from models import embedder, gfrnet, rivals, scgan, sgen, sisn
 
 SAME_KEY = "streamer.same_weights"
 """In the metadata of an ONNX: weights that equal another, which it holds alone, as JSON."""
@@ -38,6 +38,7 @@ NETWORKS = {
     "sisn": Known(sisn.Sisn, sisn.SisnConfig, sisn.PRESETS),
     "scgan": Known(scgan.Restoration, scgan.ScganConfig, scgan.PRESETS),
     "gfrnet": Known(gfrnet.Gfrnet, gfrnet.GfrnetConfig, gfrnet.PRESETS),
+    "embedder": Known(embedder.Embedder, embedder.EmbedderConfig, embedder.PRESETS),
     "srcnn": Known(rivals.Srcnn, rivals.SrcnnConfig, rivals.PRESETS["srcnn"]),
     "rednet": Known(rivals.RedNet, rivals.RedNetConfig, rivals.PRESETS["rednet"]),
     "srresnet": Known(rivals.Srresnet, rivals.SrresnetConfig, rivals.PRESETS["srresnet"]),

@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from models.dataset import Face
+from models.evaluate_embedder import EmbedderEvaluateConfig, evaluate_embedder
 from models.evaluate_guided import GuidedEvaluateConfig, evaluate_guided
 from models.evaluate_real import RealEvaluateConfig, evaluate_real
 from models.judges import psnr
@@ -73,7 +74,7 @@ class EvaluateConfig(JudgedConfig):
 
 
 class _Kind(BaseModel):
-    protocol: Literal["sgen", "sisn", "scgan", "gfrnet"]
+    protocol: Literal["sgen", "sisn", "scgan", "gfrnet", "embedder"]
 
 
 def main() -> None:
@@ -88,6 +89,9 @@ def main() -> None:
         match read_settings(_Kind, arguments.config).protocol:
             case "gfrnet":
                 print(evaluate_guided(read_settings(GuidedEvaluateConfig, arguments.config), **told))
+            case "embedder":
+                config = read_settings(EmbedderEvaluateConfig, arguments.config)
+                print(evaluate_embedder(config, command=f"python -m models.evaluate {arguments.config}"))
             case "scgan":
                 print(evaluate_real(read_settings(RealEvaluateConfig, arguments.config), **told))
             case _:

@@ -8,6 +8,8 @@ run was trained on, the cost on its validation faces by its `likeness` (models/r
 The weights are stored as fp16 and cast back in the graph: inputs, outputs and arithmetic stay float32. The card lies in
 the file's metadata under `streamer.card`.
 
+An embedder takes aligned faces, `face`, and gives their `embedding`, not of unit length.
+
 A guided restorer takes `image` and `guide`, both of the result's size, and gives out what the guide did beside what it
 restored: `warped` and `mask`, where it has them.
 """
@@ -28,7 +30,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from models.checkpoint import SAME_KEY, build, load_checkpoint, load_weights, shipped_weights
+from models.embedder import Embedder, EmbedderConfig
 from models.gfrnet import Gfrnet, GfrnetConfig
+from models.losses import RETAIL_TEMPLATE
 from models.ranges import add_int8
 
 EXPORTER_VERSION = "1"
@@ -103,6 +107,8 @@ def export(state: dict[str, Any], path: Path, *, name: str, license: str, traine
         side = config.get("side", _GUIDED_SIDE)
         card = guided_card(network.config, **said, side=side)
         model = guided_to_onnx(network, side=side)
+    elif isinstance(network, Embedder):
+        card, model = embedder_card(network.config, **said), embedder_to_onnx(network)
     else:
         card = restorer_card(network, **said, enlarge=config.get("enlarge", "cubic"))
         model = to_onnx(network.eval())
@@ -121,8 +127,9 @@ def int8(path: Path, config: Mapping[str, Any]) -> str:
 
     Raises OSError or ValueError where the run's faces are not there or do not do.
     """
-    if "guide" in [value.name for value in onnx.load(str(path)).graph.input]:
-        return f"{path}: a guided restorer runs in float alone"
+    inputs = [value.name for value in onnx.load(str(path)).graph.input]
+    if "guide" in inputs or "face" in inputs:
+        return f"{path}: {'a guided restorer' if 'guide' in inputs else 'an embedder'} runs in float alone"
     if missing := [name for name in ("validation", "likeness") if not config.get(name)]:
         return f"{path}: no INT8: the run names no {' and no '.join(missing)}; `python -m models.ranges` takes them"
     exclude = config.get("exclude")
@@ -230,6 +237,39 @@ def guided_to_onnx(network: Gfrnet, *, side: int) -> onnx.ModelProto:
     program = torch.onnx.export(
         traced, dynamo=True, external_data=False, opset_version=OPSET, input_names=["image", "guide"],
         output_names=shown.outputs, verbose=False,
+    )  # fmt: skip
+    if program is None:
+        raise RuntimeError("torch.onnx.export gave nothing")
+    return program.model_proto
+
+
+def embedder_card(config: EmbedderConfig, *, name: str, license: str, trained_on: str) -> dict[str, Any]:
+    """Return what an embedder says of itself (engines/card.py reads it)."""
+    return {
+        "name": name,
+        "task": "embedding",
+        "exporter": f"models.export {EXPORTER_VERSION} {_own_hash()}",
+        "inputs": [{"name": "face", "layout": "NCHW", "shape": ["n", 3, config.side, config.side]}],
+        "outputs": [{"name": "embedding", "layout": "NC", "shape": ["n", config.embedding]}],
+        "color": "RGB",
+        "mean": [127.5] * 3,
+        "std": [127.5] * 3,
+        "alignment": [[x * config.side, y * config.side] for x, y in RETAIL_TEMPLATE],
+        "alignment_size": config.side,
+        "embedding_dim": config.embedding,
+        "license": license,
+        "trained_on": trained_on,
+        "note": "Cosine similarity; not yet of unit length.",
+    }
+
+
+def embedder_to_onnx(network: Embedder) -> onnx.ModelProto:
+    """Return an embedder as ONNX with free batch."""
+    side = network.config.side
+    program = torch.onnx.export(
+        network.eval(), (torch.zeros(2, 3, side, side),), dynamo=True, external_data=False, opset_version=OPSET,
+        input_names=["face"], output_names=["embedding"],
+        dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},), verbose=False,
     )  # fmt: skip
     if program is None:
         raise RuntimeError("torch.onnx.export gave nothing")

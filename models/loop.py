@@ -31,7 +31,7 @@ from models.dataset import FaceTensors, load_faces, load_names
 from models.settings import RelativePath
 
 _MAY_CHANGE = {"steps", "minutes", "out", "validate_every", "init"}  # none of them changes what a step does
-_PATHS = {"data", "low", "pairs", "exclude", "validation", "likeness", "perceptual"}
+_PATHS = {"data", "low", "pairs", "exclude", "validation", "likeness", "perceptual", "teacher", "restorers"}
 _TRIAL_STEPS = 4
 _TRIAL_SHARE = 0.02  # of the minutes: batches differ in size, so a few say little
 

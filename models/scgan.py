@@ -108,7 +108,7 @@ PRESETS: dict[str, ScganConfig] = {
         width=192, blocks=11, skip="plain", norm=False, align_corners=False, noise="direct", residual=True
     ),
     "small": ScganConfig(
-        width=64, base=16, skip="plain", norm=False, align_corners=False, noise="direct", residual=True
+        width=64, blocks=8, base=16, skip="plain", norm=False, align_corners=False, noise="direct", residual=True
     ),
 }  # fmt: skip
 

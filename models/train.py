@@ -37,6 +37,7 @@ from models.loop import (
 )
 from models.losses import PIXEL_LOSSES, FaceLikeness, Judges, Perceptual
 from models.settings import RelativePath, SettingsError, read_settings
+from models.train_embedder import Distillation, EmbedderRunConfig
 from models.train_gfrnet import GfrnetRunConfig, GuidedRestoration
 from models.train_scgan import ScganRunConfig, ScganTraining
 
@@ -114,6 +115,7 @@ class _Kind(NamedTuple):
 _KINDS = {
     "scgan": _Kind(ScganRunConfig, ScganTraining),
     "gfrnet": _Kind(GfrnetRunConfig, GuidedRestoration),
+    "embedder": _Kind(EmbedderRunConfig, Distillation),
 }
 """Networks that are trained otherwise than by pairs of a damaged and a clean face."""
 
