@@ -196,7 +196,7 @@ class Gallery:
             with _told(folder):
                 _set_up(database)
                 return cls(folder, _Records(database, vault, _gallery_id(folder, database, vault)))
-        except BaseException:
+        except BaseException:  # whatever it is, it is raised again: the file is closed first
             database.close()
             raise
 
@@ -224,7 +224,7 @@ class Gallery:
                 yield change
                 change.finish(who)
                 database.execute("COMMIT")
-            except BaseException:
+            except BaseException:  # Ctrl-C too: nothing of a change may stay
                 if database.in_transaction:
                     database.execute("ROLLBACK")
                 raise
@@ -326,7 +326,7 @@ class Gallery:
                         count = _write_frames(file, vault, salt, _frames(self._records, self.embedder()))
                     file.flush()
                     os.fsync(file.fileno())
-                except BaseException:
+                except BaseException:  # Ctrl-C too: no half of an export may lie there
                     path.unlink()
                     raise
         except OSError as exc:
