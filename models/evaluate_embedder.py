@@ -17,11 +17,10 @@ import numpy as np
 import onnx
 import onnxruntime
 from google.protobuf.message import DecodeError
-from pydantic import BaseModel, ConfigDict, Field
 
 from models.dataset import Face
 from models.judges import REDRAWS, FaceEmbedder, Preparation
-from models.recognition import FaceSet, Trials, degraded_probe, load_trials, rank, redraws, true_accepts
+from models.recognition import FaceSet, ProbeConfig, Trials, degraded_probe, load_trials, rank, redraws, true_accepts
 from models.report import table_header, table_line
 from models.settings import RelativePath
 
@@ -30,10 +29,8 @@ _AIM_ACCURACY = 0.95
 _AIM_HEIGHTS = (16, 24)
 
 
-class EmbedderEvaluateConfig(BaseModel):
+class EmbedderEvaluateConfig(ProbeConfig):
     """One evaluation of an embedder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     protocol: Literal["embedder"]
     """Which evaluation."""
@@ -43,18 +40,6 @@ class EmbedderEvaluateConfig(BaseModel):
     """Recognisers beside it that `models.judges` knows by file, by the name in the report; the first is its teacher."""
     set: FaceSet
     """Faces that nobody trained on, and their pairs; a fourth column numbers the folds."""
-    heights: tuple[int, ...] = (12, 16, 24, 32)
-    """Heights of the face's box in pixels to which probes are reduced."""
-    noise: float = Field(10.0, ge=0)
-    """Sigma in grey levels of the Gaussian noise on probes."""
-    jpeg: int = Field(40, ge=1, le=100)
-    """Quality of the JPEG after it."""
-    seed: int = Field(20260, ge=0)
-    """Of noise and redraws; not one of training's."""
-    threads: int = Field(1, ge=1)
-    """Of each network."""
-    report: RelativePath
-    """The Markdown file that is written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,10 +79,27 @@ class CleanSet(BaseModel):
     """Sides of the crops in pixels."""
 
 
-class RecognitionConfig(BaseModel):
-    """One evaluation of recognition."""
+class ProbeConfig(BaseModel):
+    """What an evaluation by degraded probes has, whatever it judges."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    heights: tuple[int, ...] = (12, 16, 24, 32)
+    """Heights of the face's box in pixels to which probes are reduced."""
+    noise: float = Field(10.0, ge=0)
+    """Sigma in grey levels of the Gaussian noise on probes."""
+    jpeg: int = Field(40, ge=1, le=100)
+    """Quality of the JPEG after it."""
+    seed: int = Field(20260, ge=0)
+    """Of noise, of the choice of pairs and of the redraws; not one of training's."""
+    threads: int = Field(1, ge=1)
+    """Of each network."""
+    report: RelativePath
+    """The Markdown file that is written."""
+
+
+class RecognitionConfig(ProbeConfig):
+    """One evaluation of recognition."""
 
     restorers: dict[str, RelativePath]
     """Restorers as ONNX with their cards, by the name that the report gives them."""
@@ -96,18 +113,6 @@ class RecognitionConfig(BaseModel):
     """Faces with their pairs, by the name that the report gives them."""
     clean: CleanSet | None = None
     """Clean crops, which a restorer must not harm."""
-    heights: tuple[int, ...] = (12, 16, 24, 32)
-    """Heights of the face's box in pixels to which probes are reduced."""
-    noise: float = Field(10.0, ge=0)
-    """Sigma in grey levels of the Gaussian noise on probes."""
-    jpeg: int = Field(40, ge=1, le=100)
-    """Quality of the JPEG after it."""
-    seed: int = Field(20260, ge=0)
-    """Of noise, of the choice of pairs and of the redraws; not one of training's."""
-    threads: int = Field(1, ge=1)
-    """Of each network."""
-    report: RelativePath
-    """The Markdown file that is written."""
 
 
 @dataclass(frozen=True, slots=True)
