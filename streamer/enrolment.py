@@ -559,6 +559,7 @@ class Desk:
 
     def export(self, path: Path, passphrase: str, *, who: str) -> int:
         """Write everything to one file; return how many persons. Raises GalleryError, VaultError or AuditError."""
+        self.log.append(who, "gallery.export-begun")  # killed half way, a copy of everybody may be out all the same
         count = self.gallery.export(path, passphrase)
         self.log.append(who, "gallery.exported", (), {"identities": count})
         return count

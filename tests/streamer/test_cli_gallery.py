@@ -150,6 +150,18 @@ def test_an_export_goes_to_another_box_whole_or_not_at_all(streamer, ada, tmp_pa
     assert streamer("audit", "verify")[0] == 0
 
 
+def test_an_export_is_in_the_log_before_the_file_is_there(streamer, ada, place, tmp_path):
+    """One that breaks off may have let a copy of everybody out: an entry too many, never one too few."""
+    secret, file = tmp_path / "secret", tmp_path / "all.gallery"
+    secret.write_text("a passphrase of some length\n")
+
+    for code in (0, 2):  # the second finds the file there
+        assert streamer("gallery", "export", file, "--passphrase-file", secret)[0] == code
+
+    done = [json.loads(line)["what"] for line in (place / "audit.jsonl").read_text().splitlines()]
+    assert done[-3:] == ["gallery.export-begun", "gallery.exported", "gallery.export-begun"]
+
+
 def test_a_gallery_that_was_changed_by_hand_fails_its_check(streamer, ada, place):
     log = place / "audit.jsonl"
     log.write_bytes(log.read_bytes().replace(b"identity.enrolled", b"identity.enrolleD"))
