@@ -7,27 +7,38 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from engines.card import Family
 from engines.engine import Engine, EngineError, ModelError
 from engines.load import Backend, Plans, Precision, Proof, load_engine, on_gpu
 from engines.rebatch import rebatch
 from engines.store import Model, ModelStore, license_notice
+from streamer.calibration import Calibration
 from streamer.camera import Camera
-from streamer.config import StreamerConfig
+from streamer.config import GalleryConfig, RestorerConfig, StreamerConfig
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
+from streamer.enrolment import Desk
+from streamer.gallery import Gallery, GalleryError
 from streamer.guided import GuidedRestorer
+from streamer.identify import Search
+from streamer.live_gallery import LiveGallery
 from streamer.metrics import Metrics
 from streamer.pipeline import Pipeline, Stages
 from streamer.publisher import EventPublisher, new_epoch
 from streamer.restorer import FaceRestorer
-from streamer.router import NONE, RestorerRouter
+from streamer.router import NONE, FittedRouter, RestorerRouter, Router, RouteTable, routes_path
 from streamer.samples import detector_proof, embedder_proof, guided_proof, input_sides, restorer_proof
+from streamer.scoring import Scorer
 from streamer.selector import CropSelector
 from streamer.tracker import FaceTracker
+from streamer.witness import Witness
 
 logger = logging.getLogger(__name__)
+
+AUTO, FALLBACK = "auto", "sgen-small"
+"""A config's name for the restorer that helps most, and what it is where nobody measured that."""
 
 _CROPS_ON_A_CPU = 8  # more would gain little
 _CROPS_ON_A_GPU = 64
@@ -84,6 +95,26 @@ class Networks:
     def embedder(self, model: str | None) -> FaceEmbedder | None:
         """Load an embedder, or None where none is configured. Raises as `detector` does."""
         return None if model is None else FaceEmbedder(self._load(self.embedder_wanted(model)))
+
+    def routes(self, model: str) -> RouteTable | None:
+        """Return the routes that lie beside an embedder, None where there are none.
+
+        Raises ModelError, CardError or RouteError.
+        """
+        found = self._store.find(model, task="embedding")
+        path = routes_path(found.path)
+        return RouteTable.read(path, embedder_sha256=found.sha256) if path.is_file() else None
+
+    def calibration(self, model: str, path: Path | None) -> Calibration | None:
+        """Return what an embedder's similarities mean, by a file or by the one beside it, None where there is none.
+
+        Raises ModelError, CardError or CalibrationError.
+        """
+        found = self._store.find(model, task="embedding")
+        beside = found.path.with_name(f"{found.path.stem}.calibration.json")
+        if path is None and not beside.is_file():
+            return None
+        return Calibration.read(path or beside, embedder_sha256=found.sha256)
 
     def detector_wanted(self, model: str, *, size: int = 960, family: Family | None = None) -> Wanted:
         """Find a detector, and what its plans are proven on. Raises ModelError or CardError."""
@@ -149,10 +180,16 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
         threshold=config.detector.threshold,
         family=config.detector.family,
     )
-    restorer = networks.restorer(
-        config.restorer.name, max_size=config.restorer.max_size, buckets=config.restorer.buckets
-    )
-    embedder = networks.embedder(config.embedder.model)
+    desk = Desk.open(config.gallery.folder) if config.gallery.folder else None
+    try:
+        model = config.embedder.model or (_embedder_of(desk.gallery) if desk else None)
+        embedder = networks.embedder(model)
+        router, restorers = load_restorers(config.restorer, networks, model)
+        search = make_search(config.gallery, networks, desk, model, embedder) if desk and model and embedder else None
+    except BaseException:  # whatever it is, it is raised again: the gallery is closed first
+        if desk:
+            desk.gallery.close()
+        raise
     trackers = {
         camera.name: FaceTracker(
             lost_after=config.tracker.lost_after,
@@ -166,21 +203,71 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
     selector = CropSelector(
         min_size_px=config.selector.min_size_px, retry_s=config.selector.retry_s, margin=config.selector.margin
     )
-    router = make_router(restorer, max_size=config.restorer.max_size)
-    return Stages(detector, trackers, selector, router, restorer, embedder)
+    return Stages(detector, trackers, selector, router, restorers, embedder, search)
+
+
+def load_restorers(
+    settings: RestorerConfig, networks: Networks, embedder: str | None
+) -> tuple[Router, dict[str, FaceRestorer]]:
+    """Load the restorers of a config, and make the router to them. Raises ModelError, CardError or RouteError."""
+    names, table = _routed(settings, networks, embedder)
+    loaded = [networks.restorer(name, max_size=settings.max_size, buckets=settings.buckets) for name in names]
+    restorers = {restorer.engine.card.name: restorer for restorer in loaded if restorer is not None}
+    if table is None:
+        return make_router(next(iter(restorers.values()), None), max_size=settings.max_size), restorers
+    for name, restorer in restorers.items():
+        if restorer.engine.sha256 != table.restorers[name]:
+            logger.warning("routes were fitted for another %s than this one: what it gains is not known", name)
+    scales = {name: restorer.engine.card.scales for name, restorer in restorers.items()}
+    return FittedRouter(table, scales, max_size=settings.max_size), restorers
+
+
+def make_search(settings: GalleryConfig, networks: Networks, desk: Desk, model: str, embedder: FaceEmbedder) -> Search:
+    """Make what searches a gallery. Raises GalleryError, CalibrationError, ModelError or CardError."""
+    engine, calibration = embedder.engine, networks.calibration(model, settings.calibration)
+    if calibration is None:
+        logger.warning("%s has no calibration: scores carry no likelihood ratio", engine.card.name)
+    enrolment = LiveGallery(desk.gallery, engine.sha256)
+    scorer = Scorer(calibration, short_list_margin=settings.short_list_margin, faces_per_day=settings.faces_per_day)
+    witness = Witness(
+        desk.evidence(keep_days=settings.keep_days), desk.log, embedder=engine.card.name,
+        embedder_sha256=engine.sha256, calibration_sha256=calibration.sha256 if calibration else None,
+    )  # fmt: skip
+    guided = None if settings.guided == NONE else networks.guided_restorer(settings.guided)
+    return Search(enrolment, scorer, witness, guided)
+
+
+def _embedder_of(gallery: Gallery) -> str:
+    known = gallery.embedder()
+    if known is None:
+        raise GalleryError(
+            f"{gallery.folder} holds no templates yet: `streamer enrol` makes some, or set embedder.model"
+        )
+    return known[0]
+
+
+def _routed(
+    settings: RestorerConfig, networks: Networks, embedder: str | None
+) -> tuple[tuple[str, ...], RouteTable | None]:
+    """Return the restorers of a config, and the routes to them; None where it is but one."""
+    if settings.name != AUTO:
+        return (settings.name,), None
+    table = networks.routes(embedder) if embedder else None
+    return (table.routed, table) if table else ((FALLBACK,), None)
 
 
 def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:
     """Return the networks that a config names. Raises ModelError or CardError."""
     detector, restorer, embedder = config.detector, config.restorer, config.embedder
     found = [networks.detector_wanted(detector.model, size=detector.size, family=detector.family)]
-    if restorer.name != NONE:
-        guided = networks.guided_wanted(restorer.name)  # no stage of a run, but `restore --guide` runs its plan
-        found.append(
-            guided
-            if guided.model.card.task == "guided-restoration"
-            else networks.restorer_wanted(restorer.name, max_size=restorer.max_size, buckets=restorer.buckets)
-        )
+    for name in _routed(restorer, networks, embedder.model)[0]:
+        if name != NONE:
+            guided = networks.guided_wanted(name)  # `restore --guide` runs its plan
+            found.append(
+                guided
+                if guided.model.card.task == "guided-restoration"
+                else networks.restorer_wanted(name, max_size=restorer.max_size, buckets=restorer.buckets)
+            )
     if embedder.model is not None:
         found.append(networks.embedder_wanted(embedder.model))
     return found

@@ -22,10 +22,10 @@ from engines.store import ModelStore
 from streamer import demo_clip, wire
 from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
 from streamer.config import StreamerConfig
+from streamer.identify import Identifier
 from streamer.metrics import Metrics
 from streamer.pipeline import FRAMES_A_BATCH, Stages
-from streamer.router import NONE
-from streamer.types import Crop, Detections, FaceIdentified, Frame, Restoration
+from streamer.types import Crop, Detections, EventName, FaceIdentified, Frame
 
 Result = TypeVar("Result")
 
@@ -110,25 +110,14 @@ def _follow(stages: Stages, frames: list[Frame], found: list[Detections]) -> lis
 
 
 def _identify(seconds: dict[str, float], stages: Stages, crops: list[Crop]) -> None:
-    """Restore and encode a batch of crops."""
+    """Identify and encode a batch of crops."""
     if crops:
-        events = _timed(seconds, "restore", partial(_restored, stages, crops))
+        identifier = Identifier(
+            stages.router, stages.restorers, stages.embedder, None, metrics=Metrics(),
+            name_of=lambda track: EventName("bench", "bench", ""),
+        )  # fmt: skip
+        events = _timed(seconds, "identify", partial(identifier.identify, crops))
         _timed(seconds, "publish", lambda: [_encode(event) for event in events])
-
-
-def _restored(stages: Stages, crops: list[Crop]) -> list[FaceIdentified]:
-    routes = [stages.router.route(crop) for crop in crops]
-    restorations: list[Restoration | None] = [None] * len(crops)
-    chosen = [index for index, route in enumerate(routes) if route.restorer != NONE]
-    if stages.restorer is not None and chosen:
-        engine = stages.restorer.engine
-        for index, (image, scale) in zip(
-            chosen, stages.restorer.restore([crops[index].image for index in chosen]), strict=True
-        ):
-            restorations[index] = Restoration(
-                image, engine.card.name, engine.sha256, scale, engine.backend, engine.precision
-            )
-    return [FaceIdentified(*each, None, "bench") for each in zip(crops, routes, restorations, strict=True)]
 
 
 def _encode(event: FaceIdentified) -> list[bytes]:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pwd
+import shlex
 import signal
 import sys
 import threading
@@ -26,9 +27,10 @@ from engines.engine import EngineError, ModelError
 from engines.load import Plans, default_plans, on_gpu
 from engines.plan import PlanStore
 from engines.store import ModelStore, default_store
-from streamer import __version__, enrolment, photos, plans, vault
+from streamer import __version__, calibrate, enrolment, explain, photos, plans, vault
 from streamer.assembly import (
     Networks,
+    load_restorers,
     load_stages,
     make_cameras,
     make_pipeline,
@@ -39,14 +41,17 @@ from streamer.assembly import (
 from streamer.audit import AuditError
 from streamer.bench import bench
 from streamer.buckets import plan_buckets, plan_lines, read_histogram
+from streamer.calibration import CalibrationError
 from streamer.camera import Camera, CameraError
 from streamer.client import EventSubscriber, SubscribeError
-from streamer.config import ConfigError, StreamerConfig, load_config
+from streamer.config import ConfigError, RestorerConfig, StreamerConfig, load_config
+from streamer.evidence import EvidenceError
 from streamer.gallery import GalleryError
 from streamer.listen import describe, readable, save_side_by_side, to_json_line
 from streamer.metrics import Metrics
 from streamer.pipeline import Stages
 from streamer.publisher import PublishError
+from streamer.router import RouteError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +62,8 @@ _INTERRUPTED = 130
 """What Typer makes of a Ctrl-C."""
 WRONG = (
     ConfigError, CameraError, CardError, ModelError, PublishError, SubscribeError, photos.PhotoError, plans.PlanError,
-    enrolment.EnrolmentError, vault.VaultError, GalleryError, AuditError,
+    enrolment.EnrolmentError, vault.VaultError, GalleryError, AuditError, CalibrationError, RouteError,
+    explain.ExplainError, EvidenceError,
 )  # fmt: skip
 """What the user can mend: exit code 2."""
 
@@ -161,7 +167,7 @@ def check(config: ConfigArgument, offline: OfflineOption = False) -> int:
     stages, mistakes = None, []
     try:
         stages = _load(settings, offline, build=False)
-    except (CardError, ModelError) as exc:
+    except WRONG as exc:
         mistakes.append(str(exc))
     try:
         _inspect(make_cameras(settings, threading.Event()), tell=True)
@@ -169,11 +175,15 @@ def check(config: ConfigArgument, offline: OfflineOption = False) -> int:
         mistakes.append(str(exc))
     if stages is None or mistakes:
         return _refuse("\n".join(mistakes))
-    engines = [stages.detector.engine, *(part.engine for part in (stages.restorer, stages.embedder) if part)]
-    for engine in engines:
+    for engine in stages.engines.values():
         print(f"{engine.card.task}: {engine.card.name} on {engine.backend} in {engine.precision}")
     if stages.embedder is None:
         print("embedding: none configured; events carry no scores")
+    elif stages.search is None:
+        print("gallery: none configured; nobody is looked for")
+    else:
+        print(f"gallery: {settings.gallery.folder}: {stages.search.enrolment.told()}")
+    stages.close()
     print(f"publishes to {settings.publish.endpoint}")
     return DONE
 
@@ -447,6 +457,77 @@ def audit_export(
     with _desk(gallery) as desk:
         count = desk.log.export(file, _utc(since), _utc(until))
     print(f"{count} entries in {file}")
+    return DONE
+
+
+EventArgument = Annotated[str, typer.Argument(metavar="EVENT", help="An event's id, or the first 8 digits or more.")]
+
+
+@app.command("calibrate")
+def run_calibrate(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Holds one of photos for each person.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The table to be written.")],
+    embedder: Annotated[str, typer.Option(metavar="MODEL", help="Whose similarities.")] = enrolment.EMBEDDER,
+    restorer: Annotated[str, typer.Option(metavar="NAME", help="As restorer.name in a config.")] = "auto",
+    detector: Annotated[str, typer.Option(metavar="MODEL", help="What finds the faces.")] = "centerface",
+    offline: OfflineOption = False,
+) -> int:
+    """Fit what similarities mean to photos of known people."""
+    people = calibrate.gather(folder)
+    plans_here = Plans(default_plans(), build=False)
+    networks = Networks(_store(offline), plans=None if on_gpu("auto") else plans_here)
+    embeds = networks.embedder(embedder)
+    assert embeds is not None
+    router, restorers = load_restorers(RestorerConfig(name=restorer), networks, embedder)
+    _make_folder("--out", out.parent)
+    table = calibrate.calibrate(
+        people, enrolment.Gate(networks.detector(detector), embeds),
+        calibrate.make_identifier(router, restorers, embeds),
+        data=str(folder), command=shlex.join(["streamer", "calibrate", str(folder)]), tell=_photo_progress(people),
+    )  # fmt: skip
+    table.write(out)
+    for line in table.lines():
+        print(line)
+    return DONE
+
+
+@app.command("explain")
+def explain_match(
+    event: EventArgument,
+    gallery: GalleryOption = None,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write crop, restored crop and enrolled photo side by side.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Say what a match rests on: the photo that carried it, the score without it, the runner-up. It is logged."""
+    if save is not None:
+        _make_folder("--save", save)
+    with _desk(gallery) as desk:
+        told = explain.explain(desk, event, who=_operator(), save=save is not None)
+    if save is not None:
+        told.save(save)
+    if as_json:
+        print(json.dumps(told.as_json()))
+    else:
+        for line in told.lines():
+            print(line)
+    return FAILED if told.damaged else DONE
+
+
+@app.command("verdict")
+def give_verdict(
+    event: EventArgument,
+    word: Annotated[str, typer.Argument(metavar="right|wrong|unsure", help="Is it this person?")],
+    gallery: GalleryOption = None,
+    note_code: Annotated[
+        str | None, typer.Option(metavar="WORD", help="One of your own codes; never a name: it is kept for ever.")
+    ] = None,
+) -> int:
+    """Log whether a match is right. It may be said again; the log keeps all."""
+    with _desk(gallery) as desk:
+        entry = explain.record_verdict(desk, event, word, who=_operator(), note_code=note_code)
+    print(f"{entry.subjects[0]}: {word}")
     return DONE
 
 

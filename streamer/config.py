@@ -122,8 +122,9 @@ class SelectorConfig(_Section):
 
 
 class RestorerConfig(_Section):
-    name: Model = "sgen-small"
-    """Name, path or URL of a restorer; none: all crops go out as they are."""
+    name: Model = "auto"
+    """Name, path or URL of a restorer; none: all crops go out as they are; auto: for each crop the one that recognition
+    gains most by, where that was measured for the embedder, else sgen-small."""
     max_size: int = Field(256, ge=16, le=4096)
     """Longest side of a restored image in pixels; a crop larger than this goes out as it is."""
     buckets: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(None, min_length=1)
@@ -140,7 +141,24 @@ class RestorerConfig(_Section):
 
 class EmbedderConfig(_Section):
     model: Model | None = None
-    """Name, path or URL of a network that embeds faces; null: none, and events carry no scores."""
+    """Name, path or URL of a network that embeds faces; null: what the gallery's templates were made with, and without
+    a gallery none."""
+
+
+class GalleryConfig(_Section):
+    folder: Path | None = Field(None, examples=[None])
+    """Folder of the gallery whose persons are looked for, as `streamer enrol` made it; null: nobody is."""
+    calibration: Path | None = Field(None, examples=[None])
+    """What similarities mean, as `streamer calibrate` wrote it; null: what lies beside the embedder, if anything."""
+    short_list_margin: float = Field(0.1, ge=0, le=2)
+    """How far below the threshold of a list its persons' scores are published, and faces drawn by their photos."""
+    faces_per_day: float = Field(1000.0, gt=0)
+    """Faces assumed to pass each camera a day until it is known: weighs as much as one hour of looking."""
+    guided: Model = "gfrnet-small"
+    """Name, path or URL of the restorer that draws a face by the photos of who it may be, for the human eye only;
+    none: no such pictures."""
+    keep_days: float = Field(30.0, gt=0)
+    """How long the crop and the embeddings of a match are kept, encrypted, beside the gallery."""
 
 
 class EngineConfig(_Section):
@@ -203,6 +221,8 @@ class StreamerConfig(BaseSettings):
     """Restores crops."""
     embedder: EmbedderConfig = EmbedderConfig()
     """Turns faces into embeddings."""
+    gallery: GalleryConfig = GalleryConfig()
+    """Who is looked for."""
     engine: EngineConfig = EngineConfig()
     """Runs the networks."""
     publish: PublishConfig = PublishConfig()
@@ -514,6 +534,13 @@ def _resolve(config: StreamerConfig, folder: Path) -> StreamerConfig:
             "detector": config.detector.model_copy(update={"model": _resolve_model(config.detector.model, folder)}),
             "restorer": config.restorer.model_copy(update={"name": _resolve_model(config.restorer.name, folder)}),
             "embedder": config.embedder.model_copy(update={"model": _resolve_model(config.embedder.model, folder)}),
+            "gallery": config.gallery.model_copy(
+                update={
+                    "folder": config.gallery.folder and folder / config.gallery.folder,
+                    "calibration": config.gallery.calibration and folder / config.gallery.calibration,
+                    "guided": _resolve_model(config.gallery.guided, folder),
+                }
+            ),
         }
     )
 

@@ -26,6 +26,7 @@ from streamer import photos
 from streamer.audit import AuditLog
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
+from streamer.evidence import EvidenceStore
 from streamer.gallery import Change, Gallery, GalleryError, Identity, Photo, WatchList
 from streamer.geometry import CROP_FACTOR, MOST_TURN_DEG, UPRIGHT, cut_crop, similarity, transform_points
 from streamer.photos import PhotoError
@@ -113,6 +114,8 @@ class Likeness:
         return dict(self.strangers)[1e-5]
 
 
+EMBEDDER = "embedder"
+"""The one that ships: what a new gallery's templates are made with, unless somebody says otherwise."""
 BOUNDS = Bounds()
 LIKENESS = {
     # 454,581 pairs of strangers; the last share, of half a pair, continues the line of the others. A photo saved anew
@@ -522,6 +525,7 @@ class Desk:
         """Raise GalleryError as `Gallery.open` does."""
         self.gallery = Gallery.open(folder, vault, create=create)
         self.log = AuditLog(folder / "audit.jsonl", vault)
+        self._vault = vault
 
     @classmethod
     def open(cls, folder: Path) -> Desk:
@@ -550,6 +554,10 @@ class Desk:
 
     def __exit__(self, *_: object) -> None:
         self.gallery.close()
+
+    def evidence(self, *, keep_days: float) -> EvidenceStore:
+        """Return what is kept of the gallery's matches."""
+        return EvidenceStore(self.gallery.folder / "evidence", self._vault, keep_days=keep_days)
 
     def remove(self, identity: Identity, *, who: str) -> None:
         """Remove somebody for good."""
@@ -677,11 +685,8 @@ def save_photo(photo: Photo, folder: Path) -> None:
 
 def _embedder_of(gallery: Gallery | None, named: str | None) -> str:
     known = gallery.embedder() if gallery else None
-    if named is None and known is None:
-        raise EnrolmentError("give --embedder MODEL: the gallery does not know yet what makes its templates")
     if named is None:
-        assert known is not None
-        return known[0]
+        return known[0] if known else EMBEDDER
     path = Path(named).expanduser()
     return str(path.resolve()) if path.is_file() else named  # the next call may come from another folder
 

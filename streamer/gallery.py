@@ -590,6 +590,7 @@ class Snapshot:
         changes = [row for row in range(len(identities)) if row == 0 or identities[row] != identities[row - 1]]
         self.identities = tuple(identities[row] for row in changes)
         """Ids, each once."""
+        self._places = {identity: place for place, identity in enumerate(self.identities)}
         self._first = [*changes, len(identities)]  # of identity i: rows _first[i] to _first[i + 1]
         self._owner = np.repeat(np.arange(len(changes)), np.diff(self._first))  # (n,)
         self._short_list = _make_short_list(templates)
@@ -605,6 +606,32 @@ class Snapshot:
     def lists_of(self, identity: str) -> tuple[WatchList, ...]:
         """Return the lists in force that an identity is on, the highest priority first."""
         return tuple(each for each in self.lists if each.id in self._members.get(identity, ()))
+
+    def photos_on(self, watch_list: str) -> int:
+        """Return how many templates the identities on a list have, by its id: so many may be taken for a stranger."""
+        return sum(
+            len(self._rows_of(identity))
+            for identity in self.identities
+            if watch_list in self._members.get(identity, ())
+        )
+
+    def photos_of(self, identity: str) -> tuple[str, ...]:
+        """Return the ids of the photos of an identity that templates are there of; none for an unknown one."""
+        return tuple(self._photos[row] for row in self._rows_of(identity))
+
+    def similarity(self, embedding: np.ndarray, identity: str) -> float:
+        """Return the cosine of a unit embedding (d,) and that of the identity's templates that is most like it.
+
+        As `search` has it, to the last digit. Raises GalleryError for an identity without templates here.
+        """
+        rows = self._rows_of(identity)
+        if not rows:
+            raise GalleryError(f"no templates of {identity}")
+        return max(each.similarity for each in self._candidates(embedding, rows))
+
+    def _rows_of(self, identity: str) -> range:
+        place = self._places.get(identity)
+        return range(0) if place is None else range(self._first[place], self._first[place + 1])
 
     def search(self, embeddings: np.ndarray, top: int = 5) -> list[list[Candidate]]:
         """Return for each of the unit `embeddings` (n, d) the `top` identities most like it, the most alike first.

@@ -47,16 +47,22 @@ def to_json_line(event: WireEvent) -> str:
 def save_side_by_side(event: WireEvent, folder: Path) -> Path:
     """Write crop and restored image beside each other, the crop brought to the same size, as one PNG.
 
-    With route none it is the crop alone. Returns the path; raises ValueError where the event carries no crop.
+    With route none it is the crop alone. What was drawn by an enrolled photo goes into a file of its own, *.drawn.png,
+    beside that photo. Returns the path; raises ValueError where the event carries no crop.
     """
     header = event.header
     if not isinstance(header, FaceHeader) or "crop" not in event.images:
         raise ValueError(f"{header.kind} carries no crop")
     path = folder / f"{header.epoch}_{header.camera}_{header.track:04d}_{header.frame:06d}.png"
     folder.mkdir(parents=True, exist_ok=True)
-    _, data = cv2.imencode(".png", _side_by_side(event.images["crop"], event.images.get("restored")))
-    path.write_bytes(data.tobytes())
+    _write(path, _side_by_side(event.images["crop"], event.images.get("restored")))
+    if "guided" in event.images:
+        _write(path.with_suffix(".drawn.png"), _side_by_side(event.images["guide"], event.images["guided"]))
     return path
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    path.write_bytes(cv2.imencode(".png", image)[1].tobytes())
 
 
 def _side_by_side(crop: np.ndarray, restored: np.ndarray | None) -> np.ndarray:
@@ -71,8 +77,17 @@ def _what_happened(face: FaceHeader) -> str:
         return face.kind.removeprefix("face.")
     restoration = face.restoration
     route = "not restored" if restoration is None else f"restored by {restoration.model} x{restoration.scale}"
-    known = "" if face.match is None else f", {face.match.identity} ({face.match.similarity:.2f})"
-    return f"identified: {face.quality.face_height_px:.0f} px, {route} ({face.route.reason}){known}"
+    return f"identified: {face.quality.face_height_px:.0f} px, {route} ({face.route.reason}){_who_it_may_be(face)}"
+
+
+def _who_it_may_be(face: FaceHeader) -> str:
+    """Return the match with what it rests on, or who comes near one."""
+    if face.match is not None:
+        match, alarms = face.match, face.match.expected_false_alarms_per_day
+        rare = "" if alarms is None else f", {alarms:g} false alarms a day to expect"
+        return f"; MATCH {match.identity} by list {match.list}: {match.similarity:.2f}{rare}"
+    near = [f"{who} {score.fused:.2f}" for who, score in (face.scores or {}).items()]
+    return f"; near: {', '.join(near)}" if near else ""
 
 
 def _how_it_does(camera: CameraStatusHeader) -> str:

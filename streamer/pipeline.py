@@ -15,20 +15,18 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-import numpy as np
-
 from engines.engine import Engine
 from engines.load import building, running, settle
 from streamer import __version__
 from streamer.camera import Camera
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
-from streamer.geometry import scale_transform, transform_points
+from streamer.identify import Identifier, Search
 from streamer.inbox import Closed, Inbox
 from streamer.metrics import Metrics
 from streamer.publisher import EventPublisher
 from streamer.restorer import FaceRestorer
-from streamer.router import NONE, RestorerRouter
+from streamer.router import Router
 from streamer.selector import CropSelector
 from streamer.tracker import FaceTracker
 from streamer.types import (
@@ -36,14 +34,11 @@ from streamer.types import (
     CameraStatus,
     Crop,
     Detections,
-    Embeddings,
     Event,
     FaceAppeared,
     FaceIdentified,
     FaceLeft,
     Frame,
-    Restoration,
-    Route,
     SystemState,
     SystemStatus,
     Track,
@@ -73,21 +68,37 @@ class Stages:
     trackers: Mapping[str, FaceTracker]
     """By camera."""
     selector: CropSelector
-    router: RestorerRouter
-    restorer: FaceRestorer | None
+    router: Router
+    restorers: Mapping[str, FaceRestorer]
+    """By the names that the router may give."""
     embedder: FaceEmbedder | None
+    search: Search | None
 
     @property
     def crops_a_batch(self) -> int:
         """How many crops are identified together, at most: a stop waits for one batch of them."""
-        engine = self.restorer.engine if self.restorer else None
-        return CROPS_ON_A_CPU if engine is None or engine.backend.endswith("-cpu") else engine.max_batch
+        engines = [restorer.engine for restorer in self.restorers.values()]
+        on_cpu = not engines or any(engine.backend.endswith("-cpu") for engine in engines)
+        return CROPS_ON_A_CPU if on_cpu else max(engine.max_batch for engine in engines)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The networks by stage; a second restorer's is `restorer NAME`."""
+        engines = {"detector": self.detector.engine}
+        for name, restorer in self.restorers.items():
+            engines["restorer" if "restorer" not in engines else f"restorer {name}"] = restorer.engine
+        if self.embedder is not None:
+            engines["embedder"] = self.embedder.engine
+        if self.search is not None and self.search.guided is not None:
+            engines["guided"] = self.search.guided.engine
+        return engines
 
     def close(self) -> None:
-        """Free the networks, and end the plans that are being built for them."""
-        for part in (self.detector, self.restorer, self.embedder):
-            if part is not None:
-                part.engine.close()
+        """Free the networks, end the plans that are being built for them, and close the gallery."""
+        for engine in self.engines.values():
+            engine.close()
+        if self.search is not None:
+            self.search.close()
 
 
 class Worker(threading.Thread):
@@ -126,6 +137,10 @@ class Pipeline:
         self.metrics = metrics
         self._cameras = {camera.name: camera for camera in cameras}
         self._stages, self._publisher = stages, publisher
+        self._identifier = Identifier(
+            stages.router, stages.restorers, stages.embedder, stages.search,
+            metrics=metrics, name_of=publisher.name_of_identified,
+        )  # fmt: skip
         self._stop, self._wait_for, self._stale_after_s = stop, wait_for, stale_after_s
         self._live = any(camera.live for camera in cameras)
         self._frames: Inbox[Frame | Silence] = Inbox(room=1 if self._live else 4, total=4 * len(cameras))
@@ -229,9 +244,11 @@ class Pipeline:
                     for crop in crops:
                         self.metrics.drop(crop.track.moment.camera, "stopping")
                     crops = []
-                identified = iter(self._identified(crops))
+                identified = iter(self._identifier.identify(crops))
                 for item in items:
                     if not isinstance(item, Crop):
+                        if isinstance(item, FaceLeft):
+                            self._identifier.left(item.track)
                         self._emit(item.track.moment.camera, item)
                     elif crops:
                         self._emit(item.track.moment.camera, next(identified))
@@ -298,61 +315,6 @@ class Pipeline:
             self._stages.selector.forget(camera, track.id)
             self._faces.put((camera, track.id), FaceLeft(track), wait=not self._live, keep=self._live)
 
-    def _identified(self, crops: Sequence[Crop]) -> list[FaceIdentified]:
-        """Route, restore and embed one batch of crops."""
-        if not crops:
-            return []
-        routes = [self._stages.router.route(crop) for crop in crops]
-        restorations = self._restored(crops, routes)
-        embeddings = self._embedded(crops, restorations)
-        absent = "no gallery" if self._stages.embedder else "no embedder is configured"
-        return [
-            FaceIdentified(crop, route, restoration, embedding, absent)
-            for crop, route, restoration, embedding in zip(crops, routes, restorations, embeddings, strict=True)
-        ]
-
-    def _restored(self, crops: Sequence[Crop], routes: Sequence[Route]) -> list[Restoration | None]:
-        restorer = self._stages.restorer
-        chosen = [index for index, route in enumerate(routes) if route.restorer != NONE]
-        restorations: list[Restoration | None] = [None] * len(crops)
-        if restorer is None or not chosen:
-            return restorations
-        engine = settle(restorer.engine)
-        before = restorer.pixels_own, restorer.pixels_run
-        with self.metrics.stage("restore", len(chosen)):
-            results = restorer.restore([crops[index].image for index in chosen])
-        self.metrics.count("pixels_own", restorer.pixels_own - before[0])
-        self.metrics.count("pixels_run", restorer.pixels_run - before[1])
-        for index in chosen:
-            self.metrics.face_size(max(crops[index].image.shape[:2]))
-        for index, (image, scale) in zip(chosen, results, strict=True):
-            restorations[index] = Restoration(
-                image, engine.card.name, engine.sha256, scale, engine.backend, engine.precision
-            )
-        self.metrics.count("restored", len(chosen))
-        return restorations
-
-    def _embedded(
-        self, crops: Sequence[Crop], restorations: Sequence[Restoration | None]
-    ) -> Sequence[Embeddings | None]:
-        embedder = self._stages.embedder
-        if embedder is None:
-            return [None] * len(crops)
-        faces = [(crop.image, crop.landmarks) for crop in crops]
-        faces += [
-            (restoration.image, transform_points(scale_transform(np.eye(2, 3), restoration.scale), crop.landmarks))
-            for crop, restoration in zip(crops, restorations, strict=True)
-            if restoration is not None
-        ]
-        settle(embedder.engine)
-        with self.metrics.stage("embed", len(faces)):
-            embedded = embedder.embed(faces)
-        blind = iter(embedded[len(crops) :])
-        return [
-            Embeddings(raw, None if restoration is None else next(blind))
-            for raw, restoration in zip(embedded, restorations, strict=False)
-        ]
-
     # -- status
 
     def _report_cameras(self, reported: dict[str, tuple[str, str]], *, due: bool) -> None:
@@ -372,16 +334,12 @@ class Pipeline:
             self._emit("", self._system_status(state))
 
     def _system_status(self, state: SystemState) -> SystemStatus:
-        parts = {
-            "detector": self._stages.detector,
-            "restorer": self._stages.restorer,
-            "embedder": self._stages.embedder,
-        }
-        engines = {stage: _described(running(part.engine)) for stage, part in parts.items() if part is not None}
-        metrics = self.metrics
+        engines, metrics = self._stages.engines, self.metrics
+        described = {stage: _described(running(engine)) for stage, engine in engines.items()}
+        built = {stage: built for stage, engine in engines.items() if (built := _being_built(engine))}
         return SystemStatus(
-            state, __version__, engines, metrics.batch_sizes(), metrics.stage_seconds(), metrics.counts(),
-            metrics.face_sizes(), {stage: built for stage, part in parts.items() if (built := _being_built(part))},
+            state, __version__, described, metrics.batch_sizes(), metrics.stage_seconds(), metrics.counts(),
+            metrics.face_sizes(), built,
         )  # fmt: skip
 
     def _emit(self, lane: str, event: Event) -> None:
@@ -393,8 +351,8 @@ class Pipeline:
             self.metrics.drop(dropped.crop.track.moment.camera, "publisher busy")
 
 
-def _being_built(part: FaceDetector | FaceRestorer | FaceEmbedder | None) -> Building | None:
-    known = building(part.engine) if part else None
+def _being_built(engine: Engine) -> Building | None:
+    known = building(engine)
     return Building(known.step, known.share, known.eta_s) if known else None
 
 

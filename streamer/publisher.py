@@ -95,6 +95,12 @@ class EventPublisher:
     ) -> None:
         self.close(linger_s=None if error is None else _HURRIED_DELIVERY_S)
 
+    def name_of_identified(self, track: types.Track) -> types.EventName:
+        """Return how the face.identified of a track's crop is called."""
+        moment = track.moment
+        event = wire.event_id(self._stream, self._epoch, moment.camera, track.id, moment.frame, "face.identified")
+        return types.EventName(self._stream, self._epoch, event)
+
     def wait_for_subscribers(self, count: int) -> bool:
         """Wait until `count` subscriptions match faces; False when `stop` is set before."""
         self._look_around()

@@ -147,6 +147,78 @@ class Embeddings:
     """Of the restoration; None with route none."""
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How alike a track's face and one enrolled identity are. Similarities are cosines; ratios are log10."""
+
+    raw: float
+    """Of the crop as it came."""
+    blind: float | None
+    """Of the crop restored without a guide; None with route none."""
+    fused: float
+    """Of both, over the track's crops so far: what a decision rests on."""
+    guided: float | None = None
+    """Of a guided restoration, which was drawn towards its guide: for display only, never for a decision."""
+    llr: float | None = None
+    """Log10 of the likelihood ratio of `fused`; None without a calibration."""
+    llr_low: float | None = None
+    llr_high: float | None = None
+    """Its 95 % interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The identity decided for."""
+
+    identity: str
+    """Its id."""
+    photo: str
+    """Id of the photo that carried it."""
+    list: str
+    """Id of the watch list."""
+    similarity: float
+    """Its fused score."""
+    threshold: float
+    """The list's: the least similarity of a match."""
+    expected_false_alarms_per_day: float | None
+    """How often this camera would see a stranger this alike to somebody on the list; None without a calibration."""
+    runner_up: tuple[str, float] | None
+    """Id and fused score of the next identity; None where there is no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedPicture:
+    """A restoration drawn towards a guide: for the human eye. Nothing that recognises takes it."""
+
+    image: np.ndarray
+    transform: np.ndarray
+    """(2, 3): frame pixels to image pixels."""
+    landmarks: np.ndarray
+    """(5, 2) in the image's own pixels."""
+    guide: np.ndarray
+    """(H, W, 3) uint8 BGR: the enrolled photo."""
+    guide_landmarks: np.ndarray
+    """(5, 2) in the guide's own pixels."""
+    identity: str
+    photo: str
+    """Ids of whose photo it is and of the photo."""
+    model: str
+    sha256: str
+    """Of the network that drew it, and of its file."""
+
+
+@dataclass(frozen=True, slots=True)
+class EventName:
+    """What a face's event is called."""
+
+    stream: str
+    """The box."""
+    epoch: str
+    """The run."""
+    id: str
+    """32 hex digits."""
+
+
 # Events, in the order in which they happen to a face, then those of cameras and of the whole box.
 
 
@@ -166,7 +238,11 @@ class FaceIdentified:
     restoration: Restoration | None
     embeddings: Embeddings | None
     scores_absent: str
-    """A sentence that says why there are no scores."""
+    """A sentence that says why there are no scores; empty where there are."""
+    scores: Mapping[str, Score] | None = None
+    """By id of the identities on the short list, the most alike first; None: nothing was searched."""
+    match: Match | None = None
+    guided: GuidedPicture | None = None
 
 
 @dataclass(frozen=True, slots=True)

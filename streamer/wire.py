@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, assert_never
 
@@ -101,18 +101,19 @@ class Restoration(_Part):
 
 
 class Scores(_Part):
-    """How alike the face and one identity are: cosine similarities and log-likelihood ratios."""
+    """How alike the face and one identity are: cosine similarities, and a likelihood ratio as its log10."""
 
     raw: float
     """Of the crop as it came."""
     blind: float | None
     """Of the crop restored without a guide; null with route none."""
     fused: float
-    """Of both combined: what a decision rests on."""
+    """Of both combined, over the track's crops so far: what a decision rests on."""
     guided: float | None
     """Of a guided restoration: proves nothing, since that was drawn towards its guide; for display only."""
     llr: float | None
-    """Log-likelihood ratio of `fused`; null without a calibration."""
+    """Log10 of the likelihood ratio of `fused`: 2 means, a hundred times as likely if it is this person as if it is a
+    stranger. No more than the data bear out; null without a calibration."""
     llr_low: float | None
     """Lower end of its interval."""
     llr_high: float | None
@@ -123,24 +124,29 @@ class RunnerUp(_Part):
     """The next identity."""
 
     identity: str
-    """Its name."""
+    """Its id."""
     similarity: float
     """Its fused score."""
 
 
 class Match(_Part):
-    """The identity decided for."""
+    """The identity decided for. Ids, no names: `streamer gallery show` and `streamer explain` tell whose."""
 
     identity: str
-    """Its name."""
+    """Its id."""
+    photo: str | None = None
+    """Id of the enrolled photo that carried it."""
     list: str
-    """The watch list that it is on."""
+    """Id of the watch list that it is on."""
     similarity: float
     """Its fused score."""
+    threshold: float | None = None
+    """The list's: the least similarity of a match."""
     basis: Literal["fused"]
     """What the decision rests on: never a guided score."""
     expected_false_alarms_per_day: float | None
-    """At this similarity, on this box; null without a calibration."""
+    """How often this camera, with its traffic, would see a stranger so alike to somebody on this list; null without a
+    calibration."""
     runner_up: RunnerUp | None
     """Null where the gallery holds no other."""
 
@@ -242,7 +248,8 @@ class FaceHeader(Header):
     restoration: Restoration | None
     """Null with route none, and but for face.identified."""
     scores: dict[str, Scores] | None
-    """By identity."""
+    """By id of the identities that the face is near, the most alike first; empty where there are none, null where
+    nothing was searched."""
     scores_absent: str | None
     """Why `scores` is null."""
     match: Match | None
@@ -425,8 +432,12 @@ def _body(event: types.Event, image_format: ImageFormat) -> tuple[dict[str, Any]
 
 def _id(body: Mapping[str, Any], stream: str, epoch: str, topic_seq: int) -> str:
     place = body["frame"] if "track" in body else topic_seq
-    key = [stream, epoch, body.get("camera"), body.get("track"), place, body["kind"]]
-    text = json.dumps(key, separators=(",", ":"), ensure_ascii=False)
+    return event_id(stream, epoch, body.get("camera"), body.get("track"), place, body["kind"])
+
+
+def event_id(stream: str, epoch: str, camera: str | None, track: int | None, place: int, kind: str) -> str:
+    """Return an event's id, as `Header.id` says; `place` is a face's frame, or a status's topic_seq."""
+    text = json.dumps([stream, epoch, camera, track, place, kind], separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -442,15 +453,39 @@ def _identified(event: types.FaceIdentified, image_format: ImageFormat) -> tuple
         "quality": _quality(event.crop.quality),
         "route": {"restorer": event.route.restorer, "reason": event.route.reason},
         "restoration": _restoration(event.restoration),
-        "scores": None,
-        "scores_absent": event.scores_absent,
-        "match": None,
+        "scores": None if event.scores is None else {who: _score(each) for who, each in event.scores.items()},
+        "scores_absent": event.scores_absent or None,
+        "match": _match(event.match),
         "images": [
             _image(picture, part, data, image_format)
             for part, (picture, data) in enumerate(zip(pictures, encoded, strict=True), start=2)
         ],
     }
     return body, encoded
+
+
+def _score(score: types.Score) -> dict[str, float | None]:
+    return {name: _short(getattr(score, name)) for name in Scores.model_fields}
+
+
+def _match(match: types.Match | None) -> dict[str, Any] | None:
+    if match is None:
+        return None
+    alarms, runner_up = match.expected_false_alarms_per_day, match.runner_up
+    return {
+        "identity": match.identity,
+        "photo": match.photo,
+        "list": match.list,
+        "similarity": _short(match.similarity),
+        "threshold": _short(match.threshold),
+        "basis": "fused",
+        "expected_false_alarms_per_day": None if alarms is None else float(f"{alarms:.2g}"),
+        "runner_up": runner_up and {"identity": runner_up[0], "similarity": _short(runner_up[1])},
+    }
+
+
+def _short(figure: float | None) -> float | None:
+    return None if figure is None else round(float(figure), 4)
 
 
 def _track(kind: FaceKind, track: types.Track) -> dict[str, Any]:
@@ -536,22 +571,31 @@ def _building(building: types.Building) -> dict[str, Any]:
 class _Picture:
     """An image that goes with an event."""
 
-    name: Literal["crop", "restored"]
+    name: Literal["crop", "restored", "guided", "guide"]
     image: np.ndarray
-    transform: np.ndarray
-    """(2, 3): frame pixels to image pixels."""
+    transform: np.ndarray | None
+    """(2, 3): frame pixels to image pixels; None for what is not of the frame."""
     landmarks: np.ndarray
     """(5, 2), in the image's own pixels."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What else its entry says."""
 
 
 def _pictures(event: types.FaceIdentified) -> list[_Picture]:
-    crop = _Picture("crop", event.crop.image, event.crop.transform, event.crop.landmarks)
-    if event.restoration is None:
-        return [crop]
-    return [crop, _enlarged(crop, event.restoration)]
+    crop, guided = _Picture("crop", event.crop.image, event.crop.transform, event.crop.landmarks), event.guided
+    pictures = [crop]
+    if event.restoration is not None:
+        pictures.append(_enlarged(crop, event.restoration))
+    if guided is not None:
+        guided_by = {"identity": guided.identity, "photo": guided.photo}
+        told = {"model": guided.model, "model_sha256": guided.sha256, "guided_by": guided_by}
+        pictures.append(_Picture("guided", guided.image, guided.transform, guided.landmarks, told))
+        pictures.append(_Picture("guide", guided.guide, None, guided.guide_landmarks))
+    return pictures
 
 
 def _enlarged(crop: _Picture, restoration: types.Restoration) -> _Picture:
+    assert crop.transform is not None
     larger = scale_transform(np.eye(2, 3), restoration.scale)
     transform = scale_transform(crop.transform, restoration.scale)
     return _Picture("restored", restoration.image, transform, transform_points(larger, crop.landmarks))
@@ -566,9 +610,10 @@ def _image(picture: _Picture, part: int, data: bytes, image_format: ImageFormat)
         "width": width,
         "height": height,
         "sha256": hashlib.sha256(data).hexdigest(),
-        "transform": _rounded(picture.transform, 6),
+        "transform": None if picture.transform is None else _rounded(picture.transform, 6),
         "landmarks": _rounded(picture.landmarks, 2),
-        "for_recognition": True,
+        "for_recognition": picture.name in ("crop", "restored"),
+        **picture.told,
     }
 
 

@@ -63,7 +63,7 @@ def test_the_least_config_works_and_all_else_has_a_default(load):
     assert the_url(config) == "rtsp://user:hunter2@10.0.0.7/stream1"
     assert config.cameras[0].transport == "tcp"
     assert (config.detector.model, config.detector.size, config.detector.threshold) == ("centerface", 960, None)
-    assert (config.restorer.name, config.restorer.max_size) == ("sgen-small", 256)
+    assert (config.restorer.name, config.restorer.max_size) == ("auto", 256)
     assert config.embedder.model is None
     assert (config.publish.wait_for, config.publish.image_format, config.publish.insecure) == (0, "png", False)
 
@@ -304,7 +304,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_path(mistakes_of):
     tracker: [bytetrack]
     selector: {retry_s: .inf}
     publish: {endpoint: "udp://127.0.0.1:5556", wait_for: -1}
-    gallery: here
+    galery: here
     """
 
     assert mistakes_of(text, {"STREAMER__DETEKTOR__SIZE": "1"}) == [
@@ -325,7 +325,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_path(mistakes_of):
         "selector.retry_s: should be a finite number",
         "publish.endpoint: should be tcp://ADDRESS:PORT or ipc://PATH",
         "publish.wait_for: should be greater than or equal to 0",
-        "gallery: unknown key",
+        "galery: unknown key; did you mean gallery?",
     ]
 
 

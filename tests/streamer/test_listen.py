@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import cv2
@@ -93,7 +94,29 @@ def test_who_was_recognised_is_in_the_line():
     match = {"identity": "ann", "list": "staff", "similarity": 0.523, "basis": "fused"}
     match |= {"expected_false_alarms_per_day": None, "runner_up": None}
 
-    assert describe(received(a_face(), match=match)).endswith("(the face is small), ann (0.52)")
+    assert describe(received(a_face(), match=match)).endswith("(the face is small); MATCH ann by list staff: 0.52")
+    match["expected_false_alarms_per_day"] = 0.03
+    assert describe(received(a_face(), match=match)).endswith("0.52, 0.03 false alarms a day to expect")
+
+
+def test_who_comes_near_a_match_is_in_the_line_and_is_no_match():
+    scores = {"ann": types.Score(0.3, 0.4, 0.41), "bob": types.Score(0.3, 0.4, 0.4)}
+
+    assert describe(received(replace(a_face(), scores=scores))).endswith("; near: ann 0.41, bob 0.40")
+    assert describe(received(replace(a_face(), scores={}))).endswith("(the face is small)")
+
+
+def test_what_was_drawn_by_a_photo_is_saved_apart_beside_that_photo(tmp_path):
+    drawn, guide = (np.full((256, 256, 3), grey, np.uint8) for grey in (50, 200))
+    points = np.zeros((5, 2))
+    picture = types.GuidedPicture(drawn, np.eye(2, 3), points, guide, points, "ann", "p1", "gfrnet-small", "ab" * 32)
+    event = received(replace(a_face(), guided=picture))
+
+    path = save_side_by_side(event, tmp_path)
+
+    assert cv2.imread(str(path)).shape == (80, 160, 3), "crop and restored alone"
+    apart = cv2.imread(str(path.with_suffix(".drawn.png")))
+    assert (apart[:, :256] == 200).all() and (apart[:, 256:] == 50).all()
 
 
 def test_a_message_that_cannot_be_read_is_told_and_passed_over(caplog):

@@ -143,8 +143,7 @@ def play(config: Path, plans: Plans | None) -> list[wire.WireEvent]:
     backend = "auto" if plans else "onnxruntime"
     networks = Networks(default_store(offline=True), backend=backend, precision="fp32", threads=1, plans=plans)
     stages = load_stages(settings, networks)
-    assert stages.restorer is not None
-    parts = (stages.detector.engine, stages.restorer.engine)
+    parts = (stages.engines["detector"], stages.engines["restorer"])
     assert all(isinstance(part, ServingEngine) is (plans is not None) for part in parts)
     (camera,) = make_cameras(settings, stop)
     gated = GatedCamera(camera.name, str(settings.cameras[0].url.get_secret_value()), stop=stop)
