@@ -61,6 +61,12 @@ class GfrnetConfig:
     laid: bool = False
     """Whether a guide comes laid onto the face: shifted, turned and scaled so that its five landmarks meet the face's
     (`models.guided.laid_onto`). WarpNet then has only pose and expression to mend."""
+    smooth: int = 1
+    """The flow's correction, found at 1/8 of the size, is a mean of so many by so many of its pixels, taken twice: a
+    guide is then bent as a whole. At 1, no mean, eyes and noses swell round the landmarks that teach the flow."""
+    trust: float = 1.0
+    """The most that the mask gives to any guide. What the own guide brings shrinks with it, and so does the pull of a
+    stranger's."""
     warp_grad: bool = True
     """Whether what RecNet is trained for reaches WarpNet too, as in the paper."""
 
@@ -76,10 +82,16 @@ class GfrnetConfig:
             raise ValueError(f"widen {self.widen}: widths are multiplied by 1 or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}: a part, from 0 to below 1")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth {self.smooth}: an odd number of pixels, 1 or more")
+        if not 0 < self.trust <= 1:
+            raise ValueError(f"trust {self.trust}: a part, above 0 and at most 1")
         if self.warp and not self.guide:
             raise ValueError("warp without guide: there is nothing to warp; set warp to false too")
         if self.design == "paper" and self.blocks:
             raise ValueError(f"blocks {self.blocks}: the paper's design has none")
+        if self.design == "paper" and (self.smooth != 1 or self.trust != 1):
+            raise ValueError("smooth and trust are the modern design's")
         if self.design == "modern" and (self.blocks < 1 or self.norm != "none" or self.dropout):
             raise ValueError("the modern design wants blocks of 1 at least, norm none and dropout 0")
 
@@ -305,6 +317,7 @@ class ResidualWarpNet(nn.Module):
 
     def __init__(self, config: GfrnetConfig) -> None:
         super().__init__()
+        self.smooth = config.smooth
         widths = _widths(config, config.depth - 1)
         self.stem = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(16 * 6, widths[0], 3, padding=1))
         self.down = _residual_encoder(widths, config)
@@ -330,6 +343,9 @@ class ResidualWarpNet(nn.Module):
             seen = torch.cat([small_degraded, _shifted(small_guide, residual)], dim=1)
             x = self.refine[k](_doubled(self.rise[k](x)) + features[k] + self.look[k](seen))
             residual = residual + self.reach * self.corrections[k](x)
+        if self.smooth > 1:
+            for _ in range(2):
+                residual = F.avg_pool2d(residual, self.smooth, 1, self.smooth // 2, count_include_pad=False)
         residual = F.interpolate(residual, scale_factor=8.0, mode="bilinear", align_corners=False)
         return identity_flow(residual) + residual
 
@@ -393,7 +409,7 @@ def details(guide: Tensor) -> list[Tensor]:
 
 
 class Mask(nn.Module):
-    """How far the warped guide is to be trusted, pixel by pixel: (n, 1, h, w) in [0, 1], seen at 1/4 of the size.
+    """How far the warped guide is to be trusted, pixel by pixel: (n, 1, h, w) in [0, `trust`], seen at 1/4 of the size.
 
     By softsign, which learns even where it is all but shut. A sigmoid did not: an hour's training by guides that did
     not meet their faces brought it to 1e-13, and no guide counted from then on.
@@ -401,6 +417,7 @@ class Mask(nn.Module):
 
     def __init__(self, width: int, config: GfrnetConfig) -> None:
         super().__init__()
+        self.trust = config.trust
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(4),
             nn.Conv2d(16 * 6, width, 3, padding=1),
@@ -411,7 +428,8 @@ class Mask(nn.Module):
 
     def forward(self, degraded: Tensor, warped: Tensor) -> Tensor:
         seen = self.last(self.layers(torch.cat([degraded, warped], dim=1)))
-        shown: Tensor = 0.5 + 0.5 * F.softsign(seen)
+        half = self.trust / 2
+        shown: Tensor = half + half * F.softsign(seen)
         return F.interpolate(shown, scale_factor=4.0, mode="bilinear", align_corners=False)
 
 

@@ -26,7 +26,8 @@ MODERN = replace(PRESETS["small"], base=4, cap=8, depth=3)
 PAPER = GfrnetConfig(base=4, cap=8, depth=3)
 WITHOUT_WARP = VARIANTS["-W"].config(replace(MODERN, depth=2))
 SIDE = 48
-CONFIGS = {"modern": MODERN, "paper": PAPER, "modern -W": WITHOUT_WARP}
+SHIPPED = replace(MODERN, smooth=5, trust=0.4)
+CONFIGS = {"modern": MODERN, "paper": PAPER, "modern -W": WITHOUT_WARP, "modern, as it ships": SHIPPED}
 
 
 @pytest.fixture(scope="module")

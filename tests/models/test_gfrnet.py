@@ -273,6 +273,10 @@ def test_dropout_is_of_training_alone():
         ({"dropout": 1.0}, "dropout 1.0"),
         ({"guide": False}, "warp without guide"),
         ({"blocks": 2}, "the paper's design has none"),
+        ({"smooth": 4}, "an odd number of pixels"),
+        ({"trust": 0.0}, "above 0 and at most 1"),
+        ({"smooth": 5}, "are the modern design's"),
+        ({"trust": 0.5}, "are the modern design's"),
         ({"design": "modern"}, "the modern design wants"),
         ({"design": "modern", "blocks": 1, "norm": "none"}, "the modern design wants"),
     ],
@@ -333,6 +337,50 @@ def test_every_level_corrects_what_the_coarser_ones_found():
 
     assert len(made.warp_net.corrections) == MODERN.depth - 1 == 2
     assert torch.allclose(flow - identity_flow(flow), torch.tensor([0.2, -0.1])[:, None, None], atol=1e-6)
+
+
+def test_a_smooth_flow_bends_a_guide_as_a_whole():
+    rough, smooth = (Gfrnet(replace(MODERN, smooth=side)) for side in (1, 5))
+    shake(rough.warp_net)
+    smooth.load_state_dict(rough.state_dict())
+    degraded, guide = image(1, 96, 96), image(1, 96, 96)
+
+    bent = {}
+    for name, made in {"rough": rough, "smooth": smooth}.items():
+        flow = made.flow(degraded, guide)
+        bent[name] = flow - identity_flow(flow)
+
+    # the same correction on the whole, with next to nothing of its changes from place to place
+    assert torch.allclose(bent["rough"].mean(dim=(2, 3)), bent["smooth"].mean(dim=(2, 3)), rtol=0.3)
+    steps = {name: each.diff(dim=3).square().mean() for name, each in bent.items()}
+    assert steps["smooth"] < 0.1 * steps["rough"]
+
+
+def test_a_smooth_flow_leaves_a_shift_what_it_is_up_to_the_edge():
+    made = Gfrnet(replace(MODERN, smooth=5))
+    made.warp_net.corrections[0].bias.data = torch.tensor([0.1, -0.05]) / made.warp_net.reach
+
+    flow = made.flow(image(), image())
+
+    assert torch.allclose(flow - identity_flow(flow), torch.tensor([0.1, -0.05])[:, None, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("trust", [0.5, 0.8])
+def test_a_guide_counts_as_far_as_it_is_trusted(trust):
+    made, wary = (Gfrnet(replace(MODERN, trust=each)).eval() for each in (1.0, trust))
+    shake(made)
+    torch.nn.init.zeros_(made.rec_net.stem[1].weight)  # all that comes of the guide is its own detail
+    wary.load_state_dict(made.state_dict())
+    degraded, guide = image(), image()
+
+    parts, less = made.parts(degraded, guide), wary.parts(degraded, guide)
+
+    assert torch.allclose(less.mask, trust * parts.mask)
+    assert torch.equal(less.warped, parts.warped)
+    grey = torch.zeros_like(guide)  # has no detail
+    without = made(degraded, grey)
+    assert not torch.allclose(parts.restored, without)
+    assert torch.allclose(less.restored - without, trust * (parts.restored - without), atol=1e-5)
 
 
 def test_behind_a_closed_mask_the_guide_does_not_count():

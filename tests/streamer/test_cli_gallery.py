@@ -214,7 +214,6 @@ def test_an_unknown_id_is_one_line(streamer, ada):
         (["enrol", "Ada"], "give NAME and PHOTO"),
         (["enrol", "Ada", "none.jpg"], "none.jpg: no such file"),
         (["enrol", "--folder", "none"], "no such folder"),
-        (["enrol", "Ada", __file__], "--embedder MODEL"),
         (["enrol", "Ada", __file__, "--purpose", "x"], "give --list"),
         (["enrol", "Ada", __file__, "--embedder", "sgen-small"], "embedding"),
         (["enrol", "Ada", __file__, "--embedder", "x", "--list", "wanted"], "--purpose"),
@@ -229,3 +228,12 @@ def test_mistakes_on_the_command_line_are_one_line_each(streamer, place, argumen
     refused(answer, word)
     assert len(answer[2].splitlines()) == 1
     assert not place.exists()
+
+
+def test_calibrating_on_too_few_people_or_none_is_one_line(streamer, tmp_path):
+    (tmp_path / "people" / "Ada").mkdir(parents=True)
+    code, _, errors = streamer("calibrate", tmp_path / "people", "--out", tmp_path / "table.json")
+
+    assert code == 2
+    assert "Traceback" not in errors and len(errors.splitlines()) == 1
+    assert not (tmp_path / "table.json").exists()

@@ -731,3 +731,28 @@ def test_a_copy_of_the_folder_made_while_it_is_open_is_a_whole_gallery(full, tmp
     with Gallery.open(tmp_path / "copy", VAULT) as copy:
         assert copy.identities() == full.identities()
         assert copy.verify() == []
+
+
+def test_a_snapshot_says_how_alike_one_identity_is_as_a_search_does():
+    templates, probe = unit(6, 16), unit(16)
+    found = Snapshot(templates, list("abcdef"), ["ada", "ada", "ada", "bo", "cy", "cy"])
+
+    searched = {each.identity: each for each in found.search(probe, top=3)[0]}
+
+    assert {who: found.similarity(probe, who) for who in found.identities} == {
+        who: each.similarity for who, each in searched.items()
+    }
+    assert found.photos_of("cy") == ("e", "f")
+    assert found.photos_of("nobody") == ()
+    with pytest.raises(GalleryError, match="no templates of nobody"):
+        found.similarity(probe, "nobody")
+
+
+def test_a_snapshot_counts_the_photos_of_those_on_a_list(gallery):
+    with gallery.change("ada") as change:
+        wanted = change.put_list(WANTED)
+        enrol(change, "Ada", unit(8), unit(8), on=WANTED.name)
+        enrol(change, "Bo", unit(8), on=WANTED.name)
+        enrol(change, "Cy", unit(8))
+
+    assert gallery.snapshot(EMBEDDER).photos_on(wanted) == 3
