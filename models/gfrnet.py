@@ -104,10 +104,11 @@ class GfrnetConfig:
         return max(halved, _BANDS[-1]) if self.guide else halved
 
 
+_OURS = GfrnetConfig(design="modern", depth=5, norm="none", dropout=0.0, blocks=1, laid=True, smooth=5, trust=0.4)
 PRESETS: dict[str, GfrnetConfig] = {
     "paper": GfrnetConfig(),
-    "default": GfrnetConfig(design="modern", base=32, cap=144, depth=5, norm="none", dropout=0.0, blocks=2, laid=True),
-    "small": GfrnetConfig(design="modern", base=24, cap=128, depth=5, norm="none", dropout=0.0, blocks=1, laid=True),
+    "default": replace(_OURS, base=32, cap=144, blocks=2),
+    "small": replace(_OURS, base=24, cap=128),
 }
 
 

@@ -349,10 +349,12 @@ class KeptFaces:
         return len(self.images)
 
     def with_blends(self, count: int, seed: int) -> KeptFaces:
-        """Return these faces and `count` more, each the mean of two of them, always the same."""
+        """Return these faces and `count` more, each the mean of two of them, always the same: with more, the first
+        ones stay."""
         rng = np.random.default_rng([seed, 4])  # 4: no batch's draws
-        one, other = rng.integers(len(self), size=(2, count))
-        share = rng.uniform(0.35, 0.65, count)
+        drawn = [(rng.integers(len(self), size=2), rng.uniform(0.35, 0.65)) for _ in range(count)]
+        one, other = np.array([pair for pair, _ in drawn], int).reshape(-1, 2).T
+        share = np.array([part for _, part in drawn])
 
         def mixed(values: np.ndarray) -> np.ndarray:
             part = share.reshape(-1, *(1,) * (values.ndim - 1))

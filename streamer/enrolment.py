@@ -61,7 +61,7 @@ class EnrolmentError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the picture must reach. Measured where a reason has figures: docs/results/enrolment.md tells how.
+    """What the picture must reach. Measured where a reason has figures: docs/results/enrolment-*.md tell how.
 
     "Found" is how many of the person's other photos such a photo finds, where an untouched one finds 0.99.
     """

@@ -16,7 +16,9 @@ torch = pytest.importorskip("torch", reason="the extra train is not installed")
 from models.checkpoint import NETWORKS, build, describe  # noqa: E402
 from models.eager import EagerNetwork, main, measure, serve  # noqa: E402
 
-SHIPPED = sorted((Path(__file__).parents[2] / "models" / "weights").glob("*.onnx"))
+WEIGHTS = Path(__file__).parents[2] / "models" / "weights"
+SHIPPED = [path for path in sorted(WEIGHTS.glob("*.onnx")) if path.stem != "embedder"]
+"""The restorers."""
 SMALL = next(path for path in SHIPPED if path.stem == "sisn-small")
 
 
