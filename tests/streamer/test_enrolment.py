@@ -465,10 +465,22 @@ def test_a_new_list_wants_its_purpose_and_its_ground(admit, folder, photo):
         admit("Ada", picture, wish=ListWish("missing", purpose="something else"))
 
 
-def test_without_an_embedder_one_line_says_what_to_give_and_later_the_gallery_knows(admit, photo, folder):
-    with pytest.raises(EnrolmentError, match="--embedder MODEL"):
-        admit("Ada", photo("a.png", ASTRONAUT), embedder=None)
+def test_a_new_gallery_takes_the_embedder_that_ships_and_an_old_one_what_it_knows(gate, folder, photo):
+    asked = []
 
+    def load(model: str) -> Gate:
+        asked.append(model)
+        return gate
+
+    for name, image in (("a.png", ASTRONAUT), ("b.png", others(ASTRONAUT))):
+        enrol([Person("Ada", (photo(name, image),))], folder, load, who="test")
+
+    assert asked == [enrolment.EMBEDDER, enrolment.EMBEDDER]
+    with Gallery.open(folder, load_key()) as gallery:
+        assert gallery.embedder()[0] == enrolment.EMBEDDER
+
+
+def test_a_gallery_keeps_in_mind_which_embedder_it_was_made_with(admit, photo, folder):
     admit("Ada", photo("a.png", ASTRONAUT))
     admit("Ada", photo("b.png", others(ASTRONAUT)), embedder=None)
 
