@@ -20,7 +20,7 @@ from streamer.config import GalleryConfig, RestorerConfig, StreamerConfig
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
 from streamer.enrolment import Desk
-from streamer.gallery import Gallery, GalleryError
+from streamer.gallery import GalleryError
 from streamer.guided import GuidedRestorer
 from streamer.identify import Search
 from streamer.live_gallery import LiveGallery
@@ -173,23 +173,16 @@ class Networks:
 
 
 def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
-    """Load every network of the config and make the stages. Raises ModelError or CardError."""
+    """Load every network of the config, open its gallery and make the stages. Raises what the functions below do."""
     detector = networks.detector(
         config.detector.model,
         size=config.detector.size,
         threshold=config.detector.threshold,
         family=config.detector.family,
     )
-    desk = Desk.open(config.gallery.folder) if config.gallery.folder else None
-    try:
-        model = config.embedder.model or (_embedder_of(desk.gallery) if desk else None)
-        embedder = networks.embedder(model)
-        router, restorers = load_restorers(config.restorer, networks, model)
-        search = make_search(config.gallery, networks, desk, model, embedder) if desk and model and embedder else None
-    except BaseException:  # whatever it is, it is raised again: the gallery is closed first
-        if desk:
-            desk.gallery.close()
-        raise
+    model = embedder_of(config)
+    embedder = networks.embedder(model)
+    router, restorers = load_restorers(config.restorer, networks, model)
     trackers = {
         camera.name: FaceTracker(
             lost_after=config.tracker.lost_after,
@@ -203,7 +196,24 @@ def load_stages(config: StreamerConfig, networks: Networks) -> Stages:
     selector = CropSelector(
         min_size_px=config.selector.min_size_px, retry_s=config.selector.retry_s, margin=config.selector.margin
     )
+    search = open_search(config.gallery, networks, model, embedder) if model and embedder else None
     return Stages(detector, trackers, selector, router, restorers, embedder, search)
+
+
+def embedder_of(config: StreamerConfig) -> str | None:
+    """Return the embedder that a config names, or that its gallery's templates were made with; None: there is none.
+
+    Raises GalleryError or VaultError.
+    """
+    if config.embedder.model is not None or config.gallery.folder is None:
+        return config.embedder.model
+    with Desk.open(config.gallery.folder) as desk:
+        known = desk.gallery.embedder()
+    if known is None:
+        raise GalleryError(
+            f"{config.gallery.folder} holds no templates yet: `streamer enrol` makes some, or set embedder.model"
+        )
+    return known[0]
 
 
 def load_restorers(
@@ -222,28 +232,28 @@ def load_restorers(
     return FittedRouter(table, scales, max_size=settings.max_size), restorers
 
 
-def make_search(settings: GalleryConfig, networks: Networks, desk: Desk, model: str, embedder: FaceEmbedder) -> Search:
-    """Make what searches a gallery. Raises GalleryError, CalibrationError, ModelError or CardError."""
+def open_search(settings: GalleryConfig, networks: Networks, model: str, embedder: FaceEmbedder) -> Search | None:
+    """Open the gallery of a config, and make what searches it; None where there is none.
+
+    Raises GalleryError, VaultError, CalibrationError, ModelError or CardError.
+    """
+    if settings.folder is None:
+        return None
     engine, calibration = embedder.engine, networks.calibration(model, settings.calibration)
     if calibration is None:
         logger.warning("%s has no calibration: scores carry no likelihood ratio", engine.card.name)
-    enrolment = LiveGallery(desk.gallery, engine.sha256)
     scorer = Scorer(calibration, short_list_margin=settings.short_list_margin, faces_per_day=settings.faces_per_day)
-    witness = Witness(
-        desk.evidence(keep_days=settings.keep_days), desk.log, embedder=engine.card.name,
-        embedder_sha256=engine.sha256, calibration_sha256=calibration.sha256 if calibration else None,
-    )  # fmt: skip
     guided = None if settings.guided == NONE else networks.guided_restorer(settings.guided)
-    return Search(enrolment, scorer, witness, guided)
-
-
-def _embedder_of(gallery: Gallery) -> str:
-    known = gallery.embedder()
-    if known is None:
-        raise GalleryError(
-            f"{gallery.folder} holds no templates yet: `streamer enrol` makes some, or set embedder.model"
-        )
-    return known[0]
+    desk = Desk.open(settings.folder)
+    try:
+        witness = Witness(
+            desk.evidence(keep_days=settings.keep_days), desk.log, embedder=engine.card.name,
+            embedder_sha256=engine.sha256, calibration_sha256=calibration.sha256 if calibration else None,
+        )  # fmt: skip
+        return Search(LiveGallery(desk.gallery, engine.sha256), scorer, witness, guided)
+    except BaseException:  # whatever it is, it is raised again: the gallery is closed first
+        desk.gallery.close()
+        raise
 
 
 def _routed(
@@ -257,10 +267,13 @@ def _routed(
 
 
 def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:
-    """Return the networks that a config names. Raises ModelError or CardError."""
-    detector, restorer, embedder = config.detector, config.restorer, config.embedder
+    """Return the networks that a config names, its gallery's too.
+
+    Raises GalleryError, VaultError, RouteError, ModelError or CardError.
+    """
+    detector, restorer, gallery, embedder = config.detector, config.restorer, config.gallery, embedder_of(config)
     found = [networks.detector_wanted(detector.model, size=detector.size, family=detector.family)]
-    for name in _routed(restorer, networks, embedder.model)[0]:
+    for name in _routed(restorer, networks, embedder)[0]:
         if name != NONE:
             guided = networks.guided_wanted(name)  # `restore --guide` runs its plan
             found.append(
@@ -268,8 +281,10 @@ def wanted(config: StreamerConfig, networks: Networks) -> list[Wanted]:
                 if guided.model.card.task == "guided-restoration"
                 else networks.restorer_wanted(name, max_size=restorer.max_size, buckets=restorer.buckets)
             )
-    if embedder.model is not None:
-        found.append(networks.embedder_wanted(embedder.model))
+    if embedder is not None:
+        found.append(networks.embedder_wanted(embedder))
+    if gallery.folder is not None and gallery.guided != NONE:
+        found.append(networks.guided_wanted(gallery.guided))
     return found
 
 

@@ -16,7 +16,7 @@ from portraits import ASTRONAUT, portrait, write_embedder
 
 from engines.store import default_store
 from streamer import wire
-from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline
+from streamer.assembly import Networks, load_stages, make_cameras, make_pipeline, wanted
 from streamer.audit import AuditLog
 from streamer.camera import Camera
 from streamer.client import EventSubscriber
@@ -264,3 +264,13 @@ def test_check_says_who_is_looked_for(home, enrol, people, streamer):
     assert code == 0, errors
     assert "1 person with 1 photo, 1 list in force" in out
     assert "guided-restoration: gfrnet-small" in out
+
+
+def test_the_plans_of_a_config_are_those_of_its_gallery_too(home, enrol, people):
+    enrol("Ada", people[0])
+    film = write_video(home / "film.mp4", passage(people[0]), rate=10)
+    networks = Networks(default_store(offline=True), backend="onnxruntime", threads=1)
+
+    names = [each.model.card.name for each in wanted(configure(home, film), networks)]
+
+    assert names == ["centerface", "sgen-small", "tiny", "gfrnet-small"]
