@@ -448,7 +448,7 @@ def test_onnx_and_checkpoint_show_the_same(untrained):
     for restored in seen:
         assert np.array_equal(restored.image, image)
         assert np.abs(restored.warped.astype(int) - guide).max() <= 1  # untrained, it is not moved
-        assert np.abs(restored.mask - 255 * 0.9).max() <= 1 and restored.mask.shape == image.shape
+        assert np.abs(restored.mask - 255 * 0.9 * MODERN.trust).max() <= 1 and restored.mask.shape == image.shape
 
 
 def test_the_sheet_takes_the_best_and_the_worst_and_of_few_all():
