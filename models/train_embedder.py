@@ -349,8 +349,8 @@ class KeptFaces:
         return len(self.images)
 
     def with_blends(self, count: int, seed: int) -> KeptFaces:
-        """Return these faces and `count` more, each the mean of two of them, always the same: with more, the first
-        ones stay."""
+        """Return these faces and `count` more, each the mean of two of them: always the same, and with more of them the
+        first ones stay."""
         rng = np.random.default_rng([seed, 4])  # 4: no batch's draws
         drawn = [(rng.integers(len(self), size=2), rng.uniform(0.35, 0.65)) for _ in range(count)]
         one, other = np.array([pair for pair, _ in drawn], int).reshape(-1, 2).T

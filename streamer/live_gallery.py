@@ -30,7 +30,8 @@ class LiveGallery:
     ) -> None:  # fmt: skip
         """It looks no more often than every `look_every_s`. `clock` is what lists expire by.
 
-        Raises GalleryError where the gallery's templates were made with another embedder, or it cannot be read."""
+        Raises GalleryError where the gallery's templates were made with another embedder, or it cannot be read.
+        """
         known = gallery.embedder()
         if known is not None and known[1] != embedder_sha256:
             raise GalleryError(
