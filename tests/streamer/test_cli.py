@@ -126,7 +126,7 @@ def test_bad_configs_are_refused_in_one_line_each(streamer, config, tmp_path):
     refused(streamer("run", tmp_path / "none.yaml"), "none.yaml")
     refused(streamer("run", config("detektor: {}\n")), "detektor")
     refused(streamer("run", config("detector: {size: big}\n")), "detector.size")
-    refused(streamer("run", config("gallery: {}\n")), "gallery")
+    refused(streamer("run", config("gallery: {folders: x}\n")), "gallery.folders", "folder?")
 
 
 def test_all_mistakes_of_a_config_are_told_together(streamer, config):
@@ -431,7 +431,7 @@ def test_bench_measures_each_stage_and_the_whole(streamer, tmp_path):
 
     *told, last = out.splitlines()
     measured = json.loads(last)
-    stages = [measured[stage] for stage in ("read", "detect", "track", "restore", "publish")]
+    stages = [measured[stage] for stage in ("read", "detect", "track", "identify", "publish")]
     assert code == 0
     assert [line.split(":")[0] for line in told] == ["run 1/2", "run 2/2"]
     assert measured["runs"] == 2
