@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,16 +245,15 @@ def open_search(settings: GalleryConfig, networks: Networks, model: str, embedde
         logger.warning("%s has no calibration: scores carry no likelihood ratio", engine.card.name)
     scorer = Scorer(calibration, short_list_margin=settings.short_list_margin, faces_per_day=settings.faces_per_day)
     guided = None if settings.guided == NONE else networks.guided_restorer(settings.guided)
-    desk = Desk.open(settings.folder)
-    try:
+    with ExitStack() as stack:  # what is refused below leaves no gallery open
+        desk = stack.enter_context(Desk.open(settings.folder))
         witness = Witness(
             desk.evidence(keep_days=settings.keep_days), desk.log, embedder=engine.card.name,
             embedder_sha256=engine.sha256, calibration_sha256=calibration.sha256 if calibration else None,
         )  # fmt: skip
-        return Search(LiveGallery(desk.gallery, engine.sha256), scorer, witness, guided)
-    except BaseException:  # whatever it is, it is raised again: the gallery is closed first
-        desk.gallery.close()
-        raise
+        search = Search(LiveGallery(desk.gallery, engine.sha256), scorer, witness, guided)
+        stack.pop_all()
+    return search
 
 
 def _routed(
