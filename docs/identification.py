@@ -31,6 +31,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnxruntime
+from fit_calibration import BANDS, FEWEST, Band
 from people import load_held_out, load_samples
 
 from engines.store import default_store
@@ -95,9 +96,6 @@ CLIPS = {
 """Clips, and which frames of them are looked at: every one, every second, ..."""
 EXPECTED = (0.1, 0.03, 0.01, 0.003)
 """Shares of searches with a false alarm that the calibration is asked for."""
-BANDS = (-9.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 9.0)
-FEWEST = 5
-"""Mates, and comparisons with others, of a band whose ratio is told."""
 HAIR = 1e-6
 """Thresholds lie so much above a non-mate's similarity: its last digits depend on the batch that it was embedded in."""
 TERMS = (
@@ -948,18 +946,6 @@ def expected_alarms(
     return told
 
 
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Comparisons of about one ratio. All ratios are log10."""
-
-    mates: int
-    others: int
-    told: float
-    found: float
-    low: float
-    high: float
-
-
 def reliability(calibration: Calibration, probes: Probes, templates: np.ndarray, weights: Weights) -> list[Band]:
     """Compare each probe with each enrolled (`templates`, in the order of the cast); return the bands that tell."""
     ratios = probes.embeddings[ROUTED] @ templates.T  # (n, identities): similarities, then ratios
@@ -1282,7 +1268,7 @@ def calibration_lines(
     templates = snapshot.templates[[snapshot.identities.index(each) for each in enrolled.ids]]
     for number, of_bin in enumerate(probes):
         lines += [
-            f"| {height(number)} | {band.mates} | {band.others} | {band.told:.2f} | {band.found:.2f} | "
+            f"| {height(number)} | {band.mates} | {band.strangers} | {band.told:.2f} | {band.found:.2f} | "
             f"{band.low:.2f} to {band.high:.2f} | {_yes(band.low <= band.told <= band.high)} |"
             for band in reliability(calibration, of_bin, templates, weights)
         ]

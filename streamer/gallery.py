@@ -6,6 +6,7 @@ that key. What a thief of the file learns without the gallery's key: how many th
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import hashlib
 import itertools
@@ -606,6 +607,14 @@ class Snapshot:
     def lists_of(self, identity: str) -> tuple[WatchList, ...]:
         """Return the lists in force that an identity is on, the highest priority first."""
         return tuple(each for each in self.lists if each.id in self._members.get(identity, ()))
+
+    def at(self, now: datetime) -> Snapshot:
+        """Return this snapshot with the lists alone that are in force at `now`: itself where none has expired."""
+        if self.expires_at is None or self.expires_at > now:
+            return self
+        later = copy.copy(self)
+        later.lists = tuple(each for each in self.lists if each.expires_at is None or each.expires_at > now)
+        return later
 
     def photos_on(self, watch_list: str) -> int:
         """Return how many templates the identities on a list have, by its id: so many may be taken for a stranger."""

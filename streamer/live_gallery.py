@@ -54,7 +54,10 @@ class LiveGallery:
         return _counted(self._snapshot)
 
     def current(self) -> Snapshot:
-        """Return who is enrolled; as it was last, where the gallery cannot be read, which is logged."""
+        """Return who is enrolled.
+
+        Where the gallery cannot be read, which is logged, that is who was last, by the lists that have not expired.
+        """
         now = time.monotonic()
         if now - self._looked >= self._look_every_s:
             self._looked = now
@@ -63,6 +66,7 @@ class LiveGallery:
                     self._reload()
             except GalleryError as exc:
                 self._tell(f"the gallery cannot be read anew, it is searched as it was: {exc}")
+                self._snapshot = self._snapshot.at(self._clock())
         return self._snapshot
 
     def guides(self, identity: str) -> Sequence[Guide]:

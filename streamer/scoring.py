@@ -16,6 +16,7 @@ from streamer.types import Crop, Embeddings, Match, Moment, Score
 
 _MOST_HEIGHT_PX = 64.0  # a face that is larger tells no more
 _HOUR_S = 3600.0
+_ANEW_S = 60.0  # crops wait for some seconds: who is so much older is of a stream that began anew
 
 
 class Found(Protocol):
@@ -232,10 +233,11 @@ class _Traffic:
     _last_pts: float | None = None
 
     def look(self, pts: float) -> None:
-        """Count the time since the last look; a stream that begins anew gives none."""
-        if self._last_pts is not None:
-            self._looked_s += max(0.0, pts - self._last_pts)
-        self._last_pts = pts
+        """Count the time since the latest look. A crop may be older than another track's, and then counts for none;
+        so does a leap back, by which a stream begins anew."""
+        last = pts if self._last_pts is None else self._last_pts
+        self._looked_s += max(0.0, pts - last)
+        self._last_pts = pts if pts < last - _ANEW_S else max(pts, last)
 
     def per_day(self, here: int) -> dict[int, float]:
         """Return passages a day by bin; `here` is the bin of the face that asks, which counts as one that passed."""

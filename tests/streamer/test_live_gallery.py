@@ -125,6 +125,23 @@ def test_a_gallery_that_cannot_be_read_any_more_is_searched_as_it_was_and_that_i
     shutil.rmtree(gallery.folder)
 
 
+def test_a_list_expires_though_the_gallery_cannot_be_read_any_more(gallery):
+    now = datetime.now(UTC)
+    with gallery.change("bob") as change:
+        change.put_list(replace(WANTED, expires_at=now + timedelta(hours=1)))
+        late = add(change, "Bo", on=WANTED.name)
+    times = [now]
+    seen = live(gallery, clock=lambda: times[0])
+    assert seen.current().lists_of(late)
+    for path in gallery.folder.glob("gallery.db*"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+
+    times[0] = now + timedelta(hours=2)
+
+    assert not seen.current().lists_of(late)
+    shutil.rmtree(gallery.folder)
+
+
 def test_templates_of_another_embedder_are_refused_at_the_start(gallery):
     with (
         Gallery.open(gallery.folder, VAULT) as other,

@@ -65,7 +65,6 @@ class Tables:
 
 def test_fused_is_the_unit_mean_and_the_raw_one_where_nothing_was_restored():
     assert fuse(Embeddings(unit(1), unit(0, 1))) == pytest.approx(unit(1, 1))
-    assert fuse(Embeddings(unit(1), None)) is not None
     assert np.array_equal(fuse(Embeddings(unit(1), None)), unit(1))
 
 
@@ -174,6 +173,17 @@ def test_false_alarms_are_asked_for_with_the_list_and_the_cameras_own_traffic():
     hours = 7200 / 3600
     assert math.isclose(sum(passages.values()), 24 * (20 + 240 / 24) / (hours + 1), rel_tol=1e-6)
     assert passages[0] / sum(passages.values()) == pytest.approx(15 / 21)
+
+
+def test_a_crop_that_waited_adds_no_time_to_what_was_looked_at_and_neither_does_a_stream_that_begins_anew():
+    tables = Tables()
+    scorer = Scorer(tables, faces_per_day=24)
+    for track, pts in enumerate((0, 3600, 3598, 3600, 3599, 3600, 0, 1800)):  # an hour, then half of one
+        score(scorer, Embeddings(unit(0, 0, 1), None), crop(track, pts=pts))
+
+    score(scorer, Embeddings(unit(1), None), crop(99, pts=1800))
+
+    assert sum(tables.asked[2].values()) == pytest.approx(24 * 1 / (1.5 + 1))
 
 
 def test_traffic_is_what_is_assumed_until_there_is_any():
