@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from engines.engine import EngineError, ModelError
 from engines.load import Plans, default_plans, on_gpu
 from engines.plan import PlanStore
 from engines.store import ModelStore, default_store
-from streamer import __version__, calibrate, enrolment, explain, photos, plans, vault
+from streamer import __version__, calibrate, enrolment, explain, photos, plans, vault, watchlist
 from streamer.assembly import (
     Networks,
     load_restorers,
@@ -74,6 +75,8 @@ models_app = typer.Typer(help="The networks: which there are, fetching one, its 
 app.add_typer(models_app, name="models")
 gallery_app = typer.Typer(help="Who is enrolled: listing, removing, checking, taking elsewhere.", rich_markup_mode=None)
 app.add_typer(gallery_app, name="gallery")
+watchlist_app = typer.Typer(help="Watch lists: why persons are looked for, and until when.", rich_markup_mode=None)
+app.add_typer(watchlist_app, name="watchlist")
 keys_app = typer.Typer(help="Keys.", rich_markup_mode=None)
 app.add_typer(keys_app, name="keys")
 audit_app = typer.Typer(help="The log of what was done to a gallery.", rich_markup_mode=None)
@@ -264,6 +267,7 @@ GalleryOption = Annotated[
     Path | None,
     typer.Option("--gallery", metavar="DIR", envvar="STREAMER_GALLERY", help="Its folder; by default the user's own."),
 ]
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `streamer gallery list` gives it.")]
 PassphraseOption = Annotated[
     Path | None,
@@ -372,18 +376,22 @@ def gallery_show(
 def gallery_remove(
     identity: IdArgument,
     gallery: GalleryOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    photo: Annotated[
+        str | None, typer.Option(metavar="PHOTO", help="Only this photo, as `streamer gallery show` gives it.")
+    ] = None,
+    yes: YesOption = False,
 ) -> int:
-    """Remove a person for good: name, photos and templates."""
+    """Remove a person for good: name, photos and templates; or one photo of several."""
     with _desk(gallery) as desk:
         person = desk.gallery.identity(identity)
-        if not yes and not sys.stdin.isatty():
-            raise typer.BadParameter("is wanted where nobody can be asked", param_hint="--yes")
-        if not yes and not typer.confirm(f"Remove {person.name} with {len(person.photos)} photos for good?"):
-            _say("nothing was removed")
+        what = f"{person.name} with {len(person.photos)} photos" if photo is None else f"a photo of {person.name}"
+        if not (yes or _sure(f"Remove {what} for good?")):
             return FAILED
-        desk.remove(person, who=_operator())
-    print(f"removed {identity}")
+        if photo is None:
+            desk.remove(person, who=_operator())
+        else:
+            desk.remove_photo(person, photo, who=_operator())
+    print(f"removed {photo or identity}")
     return DONE
 
 
@@ -422,6 +430,84 @@ def gallery_import(
     if made_key:
         _say(f"made a gallery; its key is {made_key}: without it the gallery is of no use, so keep a copy")
     print(f"{count} persons out of {file}")
+    return DONE
+
+
+ListArgument = Annotated[str, typer.Argument(metavar="LIST", help="Its name.")]
+IdsArgument = Annotated[list[str], typer.Argument(metavar="ID...", help="As `streamer gallery list` gives them.")]
+
+
+@watchlist_app.command("list")
+def watchlist_list(gallery: GalleryOption = None, as_json: JsonOption = False) -> int:
+    """List the watch lists, the highest priority first: how many are on each, its threshold, when it expires."""
+    with _desk(gallery) as desk:
+        lists = desk.gallery.lists()
+        counts = Counter(name for identity in desk.gallery.identities() for name in identity.lists)
+    if as_json:
+        print(json.dumps([watchlist.as_json(each, counts[each.name]) for each in lists]))
+        return DONE
+    for each in lists:
+        print(watchlist.line(each, counts[each.name]))
+    return DONE
+
+
+@watchlist_app.command("set")
+def watchlist_set(
+    name: ListArgument,
+    gallery: GalleryOption = None,
+    purpose: Annotated[str | None, typer.Option(metavar="TEXT", help="What it is for.")] = None,
+    legal_basis: Annotated[str | None, typer.Option(metavar="TEXT", help="What allows it.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=-1, max=1, help="Least similarity of a match.")] = None,
+    priority: Annotated[int | None, typer.Option(help="Of two lists of a person, the higher tells.")] = None,
+    expires: Annotated[
+        str | None, typer.Option(metavar="TIME", help="From then on, in UTC, nobody is matched by it; or: never.")
+    ] = None,
+    rename: Annotated[str | None, typer.Option(metavar="NAME", help="Its new name.")] = None,
+) -> int:
+    """Change a watch list, or make it: a new one wants a purpose and a legal basis."""
+    change = watchlist.ListChange(
+        rename, purpose, legal_basis, threshold, priority,
+        expires_at="never" if expires == "never" else _time("--expires", expires),
+    )  # fmt: skip
+    with _desk(gallery) as desk:
+
+        def usual() -> float:
+            source, _ = desk.gallery.embedder() or (enrolment.EMBEDDER, "")
+            return enrolment.likeness_of(_store(True).find(source, task="embedding").card.name).alarm
+
+        after = watchlist.put(desk, name, change, who=_operator(), threshold=usual)
+        persons = sum(after.name in identity.lists for identity in desk.gallery.identities())
+    print(watchlist.line(after, persons))
+    return DONE
+
+
+@watchlist_app.command("remove")
+def watchlist_remove(name: ListArgument, gallery: GalleryOption = None, yes: YesOption = False) -> int:
+    """Remove a watch list; who was on it stays enrolled."""
+    with _desk(gallery) as desk:
+        found = watchlist.find(desk, name)
+        if not (yes or _sure(f"Remove list {name}?")):
+            return FAILED
+        watchlist.remove(desk, found, who=_operator())
+    print(f"removed {name}")
+    return DONE
+
+
+@watchlist_app.command("add")
+def watchlist_add(name: ListArgument, identities: IdsArgument, gallery: GalleryOption = None) -> int:
+    """Put persons on a watch list: all, or none."""
+    with _desk(gallery) as desk:
+        watchlist.join(desk, watchlist.find(desk, name), identities, who=_operator())
+    print(f"{len(identities)} on {name}")
+    return DONE
+
+
+@watchlist_app.command("drop")
+def watchlist_drop(name: ListArgument, identities: IdsArgument, gallery: GalleryOption = None) -> int:
+    """Take persons off a watch list, all or none; they stay enrolled."""
+    with _desk(gallery) as desk:
+        watchlist.leave(desk, watchlist.find(desk, name), identities, who=_operator())
+    print(f"{len(identities)} off {name}")
     return DONE
 
 
@@ -547,6 +633,28 @@ def _operator() -> str:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
         return f"uid {os.getuid()}"
+
+
+def _sure(question: str) -> bool:
+    """Ask. Raises BadParameter where nobody can be asked."""
+    if not sys.stdin.isatty():
+        raise typer.BadParameter("is wanted where nobody can be asked", param_hint="--yes")
+    if typer.confirm(question):
+        return True
+    _say("nothing was removed")
+    return False
+
+
+def _time(option: str, text: str | None) -> datetime | None:
+    """Return a time in UTC: a day's is its beginning."""
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        reason = f"{text!r} is no time such as 2027-01-31 or 2027-01-31T18:00:00"
+        raise typer.BadParameter(reason, param_hint=option) from None
+    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _utc(time: datetime | None) -> datetime | None:

@@ -133,6 +133,11 @@ LIKENESS_OF_OTHERS = LIKENESS["face-reidentification-retail-0095"]
 """For embedders that nobody has measured."""
 
 
+def likeness_of(embedder: str) -> Likeness:
+    """Return what the similarities of an embedder mean, by the name on its card."""
+    return LIKENESS.get(embedder, LIKENESS_OF_OTHERS)
+
+
 # What comes out.
 
 
@@ -245,7 +250,7 @@ class Gate:
     @property
     def likeness(self) -> Likeness:
         """What the embedder's similarities mean."""
-        return LIKENESS.get(self.embedder.engine.card.name, LIKENESS_OF_OTHERS)
+        return likeness_of(self.embedder.engine.card.name)
 
     def examine(self, path: Path) -> Face:
         """Return the face of a photo with what is wrong with it. Raises PhotoError where there is none to be had."""
@@ -568,6 +573,16 @@ class Desk:
             change.remove_identity(identity.id)
             self.log.append(who, "identity.removed", [identity.id], {"photos": len(identity.photos)})
 
+    def remove_photo(self, identity: Identity, photo: str, *, who: str) -> None:
+        """Remove a photo of somebody for good. Raises EnrolmentError for another's, and for the only one."""
+        if photo not in identity.photos:
+            raise EnrolmentError(f"identity {identity.id} has no photo {photo}")
+        if len(identity.photos) == 1:
+            raise EnrolmentError(f"photo {photo} is the only one of identity {identity.id}: remove the person")
+        with self.gallery.change(who) as change:
+            change.remove_photo(photo)
+            self.log.append(who, "photo.removed", [identity.id, photo])
+
     def export(self, path: Path, passphrase: str, *, who: str) -> int:
         """Write everything to one file; return how many persons. Raises GalleryError, VaultError or AuditError."""
         self.log.append(who, "gallery.export-begun")  # killed half way, a copy of everybody may be out all the same
@@ -647,7 +662,7 @@ class ListWish:
         there = gallery is not None and any(each.name == self.name for each in gallery.lists())
         given = {self.purpose, self.legal_basis, self.threshold} != {None}
         if there and given:
-            raise EnrolmentError("--list: it is there already; its purpose, basis and threshold stay as they are")
+            raise EnrolmentError("--list: it is there already; `streamer watchlist set` changes it")
         if not there and not (self.purpose and self.legal_basis):
             raise EnrolmentError("--list: there is none of this name; --purpose and --legal-basis make it")
 

@@ -130,6 +130,79 @@ def test_a_refused_photo_is_one_line_and_keeps_everything_out(streamer, photo, e
     assert [(each["path"], each["can_be_forced"]) for each in told["refused"]] == [(str(bad), False)]
 
 
+def test_a_watch_list_is_made_changed_filled_emptied_and_removed_and_the_log_has_it(streamer, ada, photo, tmp_path):
+    def listed() -> list[dict[str, object]]:
+        return json.loads(streamer("watchlist", "list", "--json")[1])
+
+    refused(streamer("watchlist", "set", "Doors", "--priority", 3), "'Doors'", "--purpose", "--legal-basis")
+    code, out, err = streamer(
+        "watchlist", "set", "Doors", "--purpose", "Who may not enter", "--legal-basis", "House rules, 4"
+    )
+    assert code == 0, err
+    assert (
+        "0 persons" in out and "threshold 0.48" in out and "never expires" in out
+    )  # what an unknown embedder's list has
+
+    assert streamer("watchlist", "add", "Doors", ada)[:2] == (0, "1 on Doors\n")
+    code, out, err = streamer(
+        "watchlist", "set", "Doors", "--expires", "2999-01-31T18:00", "--priority", -2, "--threshold", 0.7,
+        "--rename", "Gates",
+    )  # fmt: skip
+    assert code == 0 and "1 person " in out and "expires 2999-01-31 18:00 UTC" in out, err
+    (watch_list,) = listed()
+    assert {name: watch_list[name] for name in ("name", "persons", "threshold", "priority", "expired")} == {
+        "name": "Gates", "persons": 1, "threshold": 0.7, "priority": -2, "expired": False,
+    }  # fmt: skip
+    assert watch_list["purpose"] == "Who may not enter" and watch_list["expires_at"].startswith("2999-01-31T18:00:00")
+    code, out, _ = streamer("watchlist", "set", "Gates", "--expires", "never")
+    assert code == 0 and "never expires" in out
+
+    refused(
+        streamer("watchlist", "set", "Gates", "--expires", "2016-01-31"), "--expires", "2016-01-31 00:00 UTC is over"
+    )
+    refused(streamer("watchlist", "set", "Gates", "--expires", "soon"), "--expires", "soon")
+    refused(streamer("watchlist", "set", "Gates", "--threshold", 0.7), "nothing about list 'Gates' would change")
+    refused(streamer("watchlist", "set", "Doors", "--rename", "X", "--purpose", "a", "--legal-basis", "b"), "--rename")
+    refused(streamer("watchlist", "add", "Doors", ada), "no list 'Doors'")
+    refused(streamer("watchlist", "drop", "Gates", ada, "0" * 16), "0" * 16)
+    assert listed()[0]["persons"] == 1, "one of two cannot be taken off: neither is"
+
+    assert streamer("watchlist", "drop", "Gates", ada)[:2] == (0, "1 off Gates\n")
+    refused(streamer("watchlist", "remove", "Gates"), "--yes")
+    assert streamer("watchlist", "remove", "Gates", "--yes")[:2] == (0, "removed Gates\n")
+    assert listed() == [] and ada in streamer("gallery", "list")[1]
+
+    assert streamer("audit", "export", tmp_path / "log.jsonl")[0] == 0
+    log = (tmp_path / "log.jsonl").read_text()
+    entries = [json.loads(line) for line in log.splitlines()]
+    assert [entry["what"] for entry in entries] == [
+        "identity.enrolled", "list.changed", "list.joined", "list.changed", "list.changed", "list.left", "list.removed",
+    ]  # fmt: skip
+    assert entries[3]["details"] == {
+        "changed": ["name", "threshold", "priority", "expires_at"], "threshold": 0.7, "priority": -2,
+        "expires_at": "2999-01-31T18:00:00+00:00",
+    }  # fmt: skip
+    assert "Gates" not in log and "Doors" not in log and "enter" not in log
+    assert streamer("audit", "verify")[0] == 0
+
+
+def test_one_photo_of_several_is_removed_and_the_last_one_is_not(streamer, ada, photo, tmp_path):
+    first = json.loads(streamer("gallery", "list", "--json")[1])[0]["photos"][0]
+    refused(streamer("gallery", "remove", ada, "--photo", first, "--yes"), first, "only one")
+    answer = streamer("enrol", "Ada Lovelace", photo("other.png", portrait("left")), "--force", "--json")
+    (second,) = [each["id"] for each in json.loads(answer[1])["enrolled"][0]["photos"]]
+    refused(streamer("gallery", "remove", ada, "--photo", "0" * 16, "--yes"), "no photo")
+    refused(streamer("gallery", "remove", ada, "--photo", first), "--yes")
+
+    assert streamer("gallery", "remove", ada, "--photo", first, "--yes")[:2] == (0, f"removed {first}\n")
+
+    assert json.loads(streamer("gallery", "list", "--json")[1])[0]["photos"] == [second]
+    assert streamer("gallery", "verify")[0] == 0
+    assert streamer("audit", "export", tmp_path / "log.jsonl")[0] == 0
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert (last["what"], last["subjects"]) == ("photo.removed", [ada, first])
+
+
 def test_an_export_goes_to_another_box_whole_or_not_at_all(streamer, ada, tmp_path, monkeypatch):
     secret, file = tmp_path / "secret", tmp_path / "all.gallery"
     secret.write_text("a passphrase of some length\n")
