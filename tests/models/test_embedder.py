@@ -2,11 +2,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the extra train is not installed")
 
-from dataclasses import asdict  # noqa: E402
+from dataclasses import asdict, replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 
 from engines.card import read_card  # noqa: E402
 from models.checkpoint import build, describe, load_weights  # noqa: E402
@@ -73,6 +74,18 @@ def test_an_embedding_depends_on_where_in_the_face_something_is():
         one, other = network(face)
 
     assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_a_face_and_its_mirror_image_are_one_face_unless_they_are_not_to_be():
+    network, face = trained(TINY), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    single = Embedder(replace(TINY, mirrored=False)).eval()
+    single.load_state_dict(network.state_dict())
+
+    with torch.no_grad():
+        assert torch.allclose(network(face), network(face.flip(3)), atol=1e-5)
+        one, other = single(face), single(face.flip(3))
+        assert not torch.allclose(one, other, atol=1e-3)
+        assert torch.allclose(network(face), F.normalize(one, dim=1) + F.normalize(other, dim=1), atol=1e-5)
 
 
 def test_an_embedder_is_built_again_from_what_describes_it():
