@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--sampled", default=SAMPLED, help=f"tried on some (default: {SAMPLED}); none: '' ")
     parser.add_argument("--routes", type=Path, help="default: the file beside the embedder, else all to sgen-small")
     parser.add_argument("--calibration", type=Path, help="default: the file beside the embedder, if there is one")
+    parser.add_argument("--rates-alone", action="store_true", help="no detector, no guides, no clips")
     parser.add_argument("--limit", type=int, help="people enrolled, and non-mates of each set, to try it")
     parser.add_argument("--cache", type=Path, help="an .npz: a second call takes a minute")
     parser.add_argument("--out", type=Path, default=REPORT)
@@ -127,15 +128,18 @@ def main() -> None:
         rankings = rank(probes, enrolled)
         weights = redraws(len(cast.enrolled), len(cast.nonmates))
         rates = Rates.of(rankings, weights)
-        found = detected(cast, parts, cache)
-        leaks = leaked(cast, enrolled, parts, cache, rates)
-        passages = watched(wanted.data / "videos", enrolled, parts, cache, wanted.limit)
+        lines: list[str] = []
+        if not wanted.rates_alone:
+            lines += found_lines(detected(cast, parts, cache))
+            lines += leak_lines(leaked(cast, enrolled, parts, cache, rates), weights)
+            passages = watched(wanted.data / "videos", enrolled, parts, cache, wanted.limit)
+            lines += passage_lines(passages, rates, parts.calibration, len(cast.enrolled))
     cache.save()
-    lines = opening(shlex.join(["python", *sys.argv]), cast, parts, cache)
-    lines += identified_lines(parts, probes, rankings, rates, weights)
-    lines += found_lines(found)
-    lines += leak_lines(leaks, weights)
-    lines += passage_lines(passages, rates, parts.calibration, len(cast.enrolled))
+    lines = [
+        *opening(shlex.join(["python", *sys.argv]), cast, parts, cache),
+        *identified_lines(parts, probes, rankings, rates, weights),
+        *lines,
+    ]
     lines += calibration_lines(parts.calibration, probes, rankings, enrolled, weights)
     wanted.out.write_text("\n".join(lines) + "\n")
     print(f"{wanted.out}: written")
