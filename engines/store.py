@@ -85,6 +85,16 @@ class ModelStore:
             raise CardError(f"{path} is a network for {model.card.task}, not for {task}")
         return model
 
+    def table(self, model: Model, kind: str) -> Path | None:
+        """Return the file of what was measured of a network, NAME.`kind`.json, None where there is none.
+
+        It lies beside the network; of a foreign network that engines/cards knows, else in a folder of networks.
+        """
+        places = [model.path.with_name(f"{model.path.stem}.{kind}.json")]
+        if known := known_cards().get(model.sha256):
+            places += [folder / f"{known.name}.{kind}.json" for folder in self._folders]
+        return next((place for place in places if place.is_file()), None)
+
     def fetch(self, source: str) -> Path:
         """Bring a name or a URL into the cache, unless it is there, and return its path. Raises ModelError."""
         if _is_url(source):

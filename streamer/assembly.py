@@ -29,7 +29,7 @@ from streamer.metrics import Metrics
 from streamer.pipeline import Pipeline, Stages
 from streamer.publisher import EventPublisher, new_epoch
 from streamer.restorer import FaceRestorer
-from streamer.router import NONE, FittedRouter, RestorerRouter, Router, RouteTable, routes_path
+from streamer.router import NONE, FittedRouter, RestorerRouter, Router, RouteTable
 from streamer.samples import detector_proof, embedder_proof, guided_proof, input_sides, restorer_proof
 from streamer.scoring import Scorer
 from streamer.selector import CropSelector
@@ -98,24 +98,22 @@ class Networks:
         return None if model is None else FaceEmbedder(self._load(self.embedder_wanted(model)))
 
     def routes(self, model: str) -> RouteTable | None:
-        """Return the routes that lie beside an embedder, None where there are none.
+        """Return the routes that were fitted for an embedder, None where none were.
 
         Raises ModelError, CardError or RouteError.
         """
         found = self._store.find(model, task="embedding")
-        path = routes_path(found.path)
-        return RouteTable.read(path, embedder_sha256=found.sha256) if path.is_file() else None
+        path = self._store.table(found, "routes")
+        return None if path is None else RouteTable.read(path, embedder_sha256=found.sha256)
 
     def calibration(self, model: str, path: Path | None) -> Calibration | None:
-        """Return what an embedder's similarities mean, by a file or by the one beside it, None where there is none.
+        """Return what an embedder's similarities mean, by a file or by what was fitted for it, None where nothing was.
 
         Raises ModelError, CardError or CalibrationError.
         """
         found = self._store.find(model, task="embedding")
-        beside = found.path.with_name(f"{found.path.stem}.calibration.json")
-        if path is None and not beside.is_file():
-            return None
-        return Calibration.read(path or beside, embedder_sha256=found.sha256)
+        path = path or self._store.table(found, "calibration")
+        return None if path is None else Calibration.read(path, embedder_sha256=found.sha256)
 
     def detector_wanted(self, model: str, *, size: int = 960, family: Family | None = None) -> Wanted:
         """Find a detector, and what its plans are proven on. Raises ModelError or CardError."""

@@ -142,6 +142,27 @@ def test_the_licence_is_one_line(make_network: Networks, card: NetworkCard) -> N
 # The default store
 
 
+def test_what_was_measured_of_a_network_lies_beside_it_and_of_a_known_one_in_a_folder_of_networks(
+    tmp_path: Path,
+) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.mkdir()
+    ours.mkdir()
+    store = ModelStore([ours], tmp_path / "cache")
+    sha256, known = next((key, each) for key, each in known_cards().items() if each.task == "embedding")
+    model = Model(theirs / "face.onnx", sha256, known)
+    stranger = Model(theirs / "face.onnx", "0" * 64, known)
+
+    assert store.table(model, "routes") is None
+    (ours / f"{known.name}.routes.json").touch()
+    assert store.table(model, "routes") == ours / f"{known.name}.routes.json"
+    assert store.table(stranger, "routes") is None, "another network of that name is none of which this was measured"
+    assert store.table(model, "calibration") is None
+
+    (theirs / "face.routes.json").touch()
+    assert store.table(model, "routes") == store.table(stranger, "routes") == theirs / "face.routes.json"
+
+
 def test_folders_of_the_environment_come_before_the_shipped_weights(
     make_network: Networks, card: NetworkCard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
