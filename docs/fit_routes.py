@@ -4,8 +4,7 @@ DATA is the folder with faces_val; nobody else's faces are looked at. Its photos
 and damage drawn by chance, and set against the people's other photos as they are. A crop's embedding is raw, or fused:
 the unit mean of raw and of the crop restored. For each row of faces and each restorer it is measured how many more true
 accepts fused gives than raw at 1 % false accepts, each at a threshold of its own. Intervals redraw people. The choice
-goes into EMBEDDER.routes.json, beside the embedder, and all figures into docs/results/routes.md; with --out, into that
-file and into one like it that ends in .md.
+goes into EMBEDDER.routes.json, beside the embedder, and all figures into docs/results/routes.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from streamer.embedder import FaceEmbedder
 from streamer.geometry import scale_transform, transform_points
 from streamer.probes import Damage, Sample, probe
 from streamer.restorer import FaceRestorer, largest_scale
-from streamer.router import NONE, Figure, Gain, RouteRow, RouteTable, routes_path
+from streamer.router import NONE, Figure, Gain, RouteRow, RouteTable
 from streamer.types import Crop
 
 Bounds = dict[Figure, tuple[float | None, float | None]]
@@ -107,7 +106,8 @@ def main() -> None:
     parser.add_argument("--by", choices=CUTS, default="nothing", help="what bands of height are cut by (nothing)")
     parser.add_argument("--limit", type=int, default=2500, help="probes (default: 2500)")
     parser.add_argument("--cache", type=Path, help="a folder for embeddings: fitting again takes a minute")
-    parser.add_argument("--out", type=Path, help="the table; the report goes beside it")
+    parser.add_argument("--out", type=Path, help="the table (default: beside the embedder)")
+    parser.add_argument("--report", type=Path, default=REPORT)
     wanted = parser.parse_args()
     cv2.setNumThreads(1)
     store = default_store()
@@ -115,10 +115,7 @@ def main() -> None:
     restorers = [
         FaceRestorer(load(store.find(name, task="restoration")), max_size=MAX_SIZE) for name in wanted.restorers
     ]
-    table_path, report_path = routes_path(model.path), REPORT
-    if wanted.out:
-        table_path, report_path = wanted.out, wanted.out.with_suffix(".md")
-        wanted.out.parent.mkdir(parents=True, exist_ok=True)
+    table_path = wanted.out or model.path.with_name(f"{model.path.stem}.routes.json")
     samples = load_samples(wanted.data, "faces_val")
     measured = measure(samples, wanted.limit, FaceEmbedder(load(model)), restorers, Cache(wanted.cache, samples))
     weights = redraws(measured.people.max() + 1)
@@ -136,7 +133,7 @@ def main() -> None:
     )
     text = report(table, wanted.by, measured, weights)
     table_path.write_text(table.model_dump_json(by_alias=True, indent=1) + "\n")
-    report_path.write_text(text)
+    wanted.report.write_text(text)
     print(text)
 
 

@@ -111,13 +111,15 @@ def main() -> None:
     parser.add_argument("embedder", help="a path or a name")
     parser.add_argument("--restorers", default=RESTORERS, help=f"tried on all probes (default: {RESTORERS})")
     parser.add_argument("--sampled", default=SAMPLED, help=f"tried on some (default: {SAMPLED}); none: '' ")
-    parser.add_argument("--routes", type=Path, help="default: the file beside the embedder, else all to sgen-small")
-    parser.add_argument("--calibration", type=Path, help="default: the file beside the embedder, if there is one")
+    parser.add_argument("--routes", type=Path, help="default: what ships for the embedder, else all to sgen-small")
+    parser.add_argument("--calibration", type=Path, help="default: what ships for the embedder")
     parser.add_argument("--rates-alone", action="store_true", help="no detector, no guides, no clips")
     parser.add_argument("--limit", type=int, help="people enrolled, and non-mates of each set, to try it")
     parser.add_argument("--cache", type=Path, help="an .npz: a second call takes a minute")
     parser.add_argument("--out", type=Path, default=REPORT)
     wanted = parser.parse_args()
+    if wanted.rates_alone and wanted.out == REPORT:
+        parser.error("--rates-alone wants --out: it is not the whole report")
     cv2.setNumThreads(1)
     parts = load_parts(wanted)
     cast = load_cast(wanted.data, wanted.limit)
@@ -129,7 +131,9 @@ def main() -> None:
         weights = redraws(len(cast.enrolled), len(cast.nonmates))
         rates = Rates.of(rankings, weights)
         lines: list[str] = []
-        if not wanted.rates_alone:
+        if wanted.rates_alone:
+            lines += ["", "Neither faces in frames, nor guides, nor clips were looked at: --rates-alone."]
+        else:
             lines += found_lines(detected(cast, parts, cache))
             lines += leak_lines(leaked(cast, enrolled, parts, cache, rates), weights)
             passages = watched(wanted.data / "videos", enrolled, parts, cache, wanted.limit)
@@ -1244,7 +1248,7 @@ def calibration_lines(
     """Return whether the calibration is true of these people."""
     lines = ["", "## Whether the calibration is true of these people", ""]
     if calibration is None:
-        return [*lines, "No calibration lies beside the embedder: nothing was measured of it."]
+        return [*lines, "There is no calibration for this embedder: nothing was measured of it."]
     identities, snapshot = len(enrolled.ids), enrolled.snapshot
     lines += [
         f"Fitted on {calibration.data}: none of them is here. Thresholds at which it expects the shares of searches "

@@ -88,12 +88,17 @@ class ModelStore:
     def table(self, model: Model, kind: str) -> Path | None:
         """Return the file of what was measured of a network, NAME.`kind`.json, None where there is none.
 
-        It lies beside the network; of a foreign network that engines/cards knows, else in a folder of networks.
+        It lies beside the network; of a foreign network that engines/cards knows, else in a folder of networks. There
+        it is passed over unless it names this network's sha256.
         """
-        places = [model.path.with_name(f"{model.path.stem}.{kind}.json")]
-        if known := known_cards().get(model.sha256):
-            places += [folder / f"{known.name}.{kind}.json" for folder in self._folders]
-        return next((place for place in places if place.is_file()), None)
+        beside = model.path.with_name(f"{model.path.stem}.{kind}.json")
+        if beside.is_file():
+            return beside
+        known = known_cards().get(model.sha256)
+        places = [folder / f"{known.name}.{kind}.json" for folder in self._folders if known]
+        return next(
+            (each for each in places if each.is_file() and model.sha256 in each.read_text("utf-8", "ignore")), None
+        )
 
     def fetch(self, source: str) -> Path:
         """Bring a name or a URL into the cache, unless it is there, and return its path. Raises ModelError."""

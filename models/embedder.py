@@ -37,7 +37,7 @@ class EmbedderConfig:
     """Length of the embedding."""
     side: int = 112
     """Of the aligned face, in pixels."""
-    mirrored: bool = True
+    mirrored: bool = False
     """Whether its mirror image is looked at too: twice the work, fewer faces missed (docs/training.md)."""
 
     def __post_init__(self) -> None:
@@ -55,9 +55,9 @@ class EmbedderConfig:
 
 
 PRESETS: dict[str, EmbedderConfig] = {
-    "default": EmbedderConfig(),
-    "small": EmbedderConfig(widths=(32, 64, 128), depths=(1, 2, 2)),
-    "mobilefacenet": EmbedderConfig(widths=(64, 128, 128), depths=(5, 7, 2), block="inverted"),
+    "default": EmbedderConfig(mirrored=True),
+    "small": EmbedderConfig(widths=(32, 64, 128), depths=(1, 2, 2), mirrored=True),
+    "mobilefacenet": EmbedderConfig(widths=(64, 128, 128), depths=(5, 7, 2), block="inverted", mirrored=True),
 }
 
 

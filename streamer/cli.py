@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pwd
+import re
 import shlex
 import signal
 import sys
@@ -268,7 +269,16 @@ GalleryOption = Annotated[
     typer.Option("--gallery", metavar="DIR", envvar="STREAMER_GALLERY", help="Its folder; by default the user's own."),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `streamer gallery list` gives it.")]
+
+
+def _id(text: str) -> str:
+    """Return an id as it was typed. Raises BadParameter for what can be none."""
+    if not re.fullmatch("[0-9a-f]{16}", text):
+        raise typer.BadParameter(f"{text!a} is no id: 16 hex digits")
+    return text
+
+
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="As `streamer gallery list` gives it.", parser=_id)]
 PassphraseOption = Annotated[
     Path | None,
     typer.Option("--passphrase-file", metavar="FILE", help="Its first line; by default the passphrase is asked for."),
@@ -434,7 +444,9 @@ def gallery_import(
 
 
 ListArgument = Annotated[str, typer.Argument(metavar="LIST", help="Its name.")]
-IdsArgument = Annotated[list[str], typer.Argument(metavar="ID...", help="As `streamer gallery list` gives them.")]
+IdsArgument = Annotated[
+    list[str], typer.Argument(metavar="ID...", help="As `streamer gallery list` gives them.", parser=_id)
+]
 
 
 @watchlist_app.command("list")
@@ -458,7 +470,10 @@ def watchlist_set(
     purpose: Annotated[str | None, typer.Option(metavar="TEXT", help="What it is for.")] = None,
     legal_basis: Annotated[str | None, typer.Option(metavar="TEXT", help="What allows it.")] = None,
     threshold: Annotated[float | None, typer.Option(min=-1, max=1, help="Least similarity of a match.")] = None,
-    priority: Annotated[int | None, typer.Option(help="Of two lists of a person, the higher tells.")] = None,
+    priority: Annotated[
+        int | None,
+        typer.Option(min=-1000, max=1000, help="Of the lists whose threshold is reached, the highest tells."),
+    ] = None,
     expires: Annotated[
         str | None, typer.Option(metavar="TIME", help="From then on, in UTC, nobody is matched by it; or: never.")
     ] = None,
@@ -466,14 +481,17 @@ def watchlist_set(
 ) -> int:
     """Change a watch list, or make it: a new one wants a purpose and a legal basis."""
     change = watchlist.ListChange(
-        rename, purpose, legal_basis, threshold, priority,
+        rename and enrolment.clean_name(rename), purpose, legal_basis, threshold, priority,
         expires_at="never" if expires == "never" else _time("--expires", expires),
     )  # fmt: skip
     with _desk(gallery) as desk:
 
         def usual() -> float:
             source, _ = desk.gallery.embedder() or (enrolment.EMBEDDER, "")
-            return enrolment.likeness_of(_store(True).find(source, task="embedding").card.name).alarm
+            try:
+                return enrolment.likeness_of(_store(True).find(source, task="embedding").card.name).alarm
+            except ModelError as exc:
+                raise enrolment.EnrolmentError(f"--threshold is wanted: {source} is not here") from exc
 
         after = watchlist.put(desk, name, change, who=_operator(), threshold=usual)
         persons = sum(after.name in identity.lists for identity in desk.gallery.identities())
@@ -497,8 +515,8 @@ def watchlist_remove(name: ListArgument, gallery: GalleryOption = None, yes: Yes
 def watchlist_add(name: ListArgument, identities: IdsArgument, gallery: GalleryOption = None) -> int:
     """Put persons on a watch list: all, or none."""
     with _desk(gallery) as desk:
-        watchlist.join(desk, watchlist.find(desk, name), identities, who=_operator())
-    print(f"{len(identities)} on {name}")
+        watchlist.join(desk, name, ids := list(dict.fromkeys(identities)), who=_operator())
+    print(f"{len(ids)} put on {name}")
     return DONE
 
 
@@ -506,8 +524,8 @@ def watchlist_add(name: ListArgument, identities: IdsArgument, gallery: GalleryO
 def watchlist_drop(name: ListArgument, identities: IdsArgument, gallery: GalleryOption = None) -> int:
     """Take persons off a watch list, all or none; they stay enrolled."""
     with _desk(gallery) as desk:
-        watchlist.leave(desk, watchlist.find(desk, name), identities, who=_operator())
-    print(f"{len(identities)} off {name}")
+        watchlist.leave(desk, name, ids := list(dict.fromkeys(identities)), who=_operator())
+    print(f"{len(ids)} taken off {name}")
     return DONE
 
 
@@ -651,10 +669,10 @@ def _time(option: str, text: str | None) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(text)
-    except ValueError:
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         reason = f"{text!r} is no time such as 2027-01-31 or 2027-01-31T18:00:00"
         raise typer.BadParameter(reason, param_hint=option) from None
-    return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _utc(time: datetime | None) -> datetime | None:

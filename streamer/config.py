@@ -149,7 +149,7 @@ class GalleryConfig(_Section):
     folder: Path | None = Field(None, examples=[None])
     """Folder of the gallery whose persons are looked for, as `streamer enrol` made it; null: nobody is."""
     calibration: Path | None = Field(None, examples=[None])
-    """What similarities mean, as `streamer calibrate` wrote it; null: what lies beside the embedder, if anything."""
+    """What similarities mean, as `streamer calibrate` wrote it; null: what was fitted for the embedder, if anything."""
     short_list_margin: float = Field(0.1, ge=0, le=2)
     """How far below the threshold of a list its persons' scores are published, and faces drawn by their photos."""
     faces_per_day: float = Field(1000.0, gt=0)

@@ -23,7 +23,7 @@ import numpy as np
 import platformdirs
 
 from streamer import photos
-from streamer.audit import AuditLog
+from streamer.audit import AuditLog, Details
 from streamer.detector import FaceDetector
 from streamer.embedder import FaceEmbedder
 from streamer.evidence import EvidenceStore
@@ -516,6 +516,15 @@ def clean_name(name: str) -> str:
     return name
 
 
+def list_details(watch_list: WatchList, changed: Sequence[str]) -> Details:
+    """Return what the audit log says of a list that was changed: which of its fields, and the figures as they are."""
+    ends = watch_list.expires_at
+    return {
+        "changed": changed, "threshold": watch_list.threshold, "priority": watch_list.priority,
+        "expires_at": ends.isoformat() if ends else "never",
+    }  # fmt: skip
+
+
 def default_gallery() -> Path:
     """Return the folder of the gallery unless somebody says otherwise: the user's own for data."""
     return platformdirs.user_data_path("streamer") / "gallery"
@@ -575,11 +584,12 @@ class Desk:
 
     def remove_photo(self, identity: Identity, photo: str, *, who: str) -> None:
         """Remove a photo of somebody for good. Raises EnrolmentError for another's, and for the only one."""
-        if photo not in identity.photos:
-            raise EnrolmentError(f"identity {identity.id} has no photo {photo}")
-        if len(identity.photos) == 1:
-            raise EnrolmentError(f"photo {photo} is the only one of identity {identity.id}: remove the person")
         with self.gallery.change(who) as change:
+            there = self.gallery.identity(identity.id).photos  # now, whatever was removed meanwhile
+            if photo not in there:
+                raise EnrolmentError(f"identity {identity.id} has no photo {photo}")
+            if len(there) == 1:
+                raise EnrolmentError(f"photo {photo} is the only one of identity {identity.id}: remove the person")
             change.remove_photo(photo)
             self.log.append(who, "photo.removed", [identity.id, photo])
 
@@ -655,7 +665,7 @@ class ListWish:
         """Return what is asked for, None where it is no list. Raises EnrolmentError for properties of none."""
         if name is None and {purpose, legal_basis, threshold} != {None}:
             raise EnrolmentError("--purpose, --legal-basis and --threshold are a list's: give --list")
-        return None if name is None else cls(name, purpose, legal_basis, threshold)
+        return None if name is None else cls(clean_name(name), purpose, legal_basis, threshold)
 
     def check(self, gallery: Gallery | None) -> None:
         """Raise EnrolmentError where the list is neither there nor can be made."""
@@ -770,8 +780,8 @@ class _Call:
             change.use_embedder(embedder, self._gate.embedder.engine.sha256)
             if wish and wish.purpose and wish.legal_basis:
                 threshold = self._gate.likeness.alarm if wish.threshold is None else wish.threshold
-                made = change.put_list(WatchList(wish.name, wish.purpose, wish.legal_basis, threshold))
-                desk.log.append(who, "list.changed", [made], {"threshold": threshold})
+                made = WatchList(wish.name, wish.purpose, wish.legal_basis, threshold)
+                desk.log.append(who, "list.changed", [change.put_list(made)], list_details(made, ["made"]))
             enrolled = [self._write_person(change, person, faces, wish) for person, faces in passed]
             for each in enrolled:
                 forced = [f"{photo}:{check}" for photo, face in each.photos for check in _forced(face)]

@@ -677,7 +677,7 @@ class Snapshot:
     def _listed(self, probe: np.ndarray, rows: np.ndarray, top: int) -> list[Candidate]:
         """Take the best row of each of `top` identities among some rows."""
         best: dict[int, int] = {}
-        similarities = np.take(self.templates, rows, axis=0, mode="clip") @ probe
+        similarities = self.templates[rows] @ probe
         for row in rows[np.argsort(-similarities, kind="stable")].tolist():
             best.setdefault(self._owner.item(row), row)
             if len(best) == top:
@@ -864,7 +864,7 @@ class _ShortList:
         import faiss  # only large galleries need it: the extra `large`
 
         sample = templates[:: max(1, len(templates) // _LEARNT_FROM)]
-        pairs = -(-_dimensions(sample) // 2)
+        pairs = min(-(-_dimensions(sample) // 2), templates.shape[1] // 2)
         self._index = faiss.index_factory(
             templates.shape[1], f"PCAR{2 * pairs},PQ{pairs}x4fs", faiss.METRIC_INNER_PRODUCT
         )

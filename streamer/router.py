@@ -214,10 +214,5 @@ class RouteTable(BaseModel):
         return tuple(dict.fromkeys(name for row in self.rows for name in row.routes))
 
 
-def routes_path(embedder: Path) -> Path:
-    """Return where the table of an embedder's ONNX lies: beside it."""
-    return embedder.with_name(f"{embedder.stem}.routes.json")
-
-
 def _within(value: float, low: float | None, high: float | None) -> bool:
     return (low is None or value >= low) and (high is None or value < high)

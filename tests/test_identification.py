@@ -423,5 +423,5 @@ def test_the_report_has_every_method_in_every_bin_and_says_what_was_not_measured
         rows = [line for line in lines if line.startswith(f"| {method} | 0.")]
         assert len(rows) >= 4 and all(row.count("|") == 6 for row in rows)
     assert any("12 to 16 px: 3, 16 to 24 px: 3" in line and "no claim" in line for line in lines)
-    assert "No calibration" in identification.calibration_lines(None, [], {}, None, weights)[-1]
+    assert "no calibration" in identification.calibration_lines(None, [], {}, None, weights)[-1]
     assert "| found | 0.75 (3 of 4) |" in identification.found_lines([(3, 4)])[-1]

@@ -154,7 +154,9 @@ def test_what_was_measured_of_a_network_lies_beside_it_and_of_a_known_one_in_a_f
     stranger = Model(theirs / "face.onnx", "0" * 64, known)
 
     assert store.table(model, "routes") is None
-    (ours / f"{known.name}.routes.json").touch()
+    (ours / f"{known.name}.routes.json").write_text(f'{{"embedder_sha256": "{"1" * 64}"}}')
+    assert store.table(model, "routes") is None, "measured of another network of that name"
+    (ours / f"{known.name}.routes.json").write_text(f'{{"embedder_sha256": "{sha256}"}}')
     assert store.table(model, "routes") == ours / f"{known.name}.routes.json"
     assert store.table(stranger, "routes") is None, "another network of that name is none of which this was measured"
     assert store.table(model, "calibration") is None

@@ -18,7 +18,7 @@ from models.losses import RETAIL_TEMPLATE  # noqa: E402
 # torch's exporter uses what torch deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning", "ignore::DeprecationWarning")
 
-TINY = EmbedderConfig(widths=(8, 12), depths=(1, 2), features=4, head=16, embedding=6, side=32)
+TINY = EmbedderConfig(widths=(8, 12), depths=(1, 2), features=4, head=16, embedding=6, side=32, mirrored=True)
 MOST_BYTES = 5_000_000
 
 

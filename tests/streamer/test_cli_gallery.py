@@ -143,7 +143,7 @@ def test_a_watch_list_is_made_changed_filled_emptied_and_removed_and_the_log_has
         "0 persons" in out and "threshold 0.48" in out and "never expires" in out
     )  # what an unknown embedder's list has
 
-    assert streamer("watchlist", "add", "Doors", ada)[:2] == (0, "1 on Doors\n")
+    assert streamer("watchlist", "add", "Doors", ada, ada)[:2] == (0, "1 put on Doors\n")
     code, out, err = streamer(
         "watchlist", "set", "Doors", "--expires", "2999-01-31T18:00", "--priority", -2, "--threshold", 0.7,
         "--rename", "Gates",
@@ -161,13 +161,17 @@ def test_a_watch_list_is_made_changed_filled_emptied_and_removed_and_the_log_has
         streamer("watchlist", "set", "Gates", "--expires", "2016-01-31"), "--expires", "2016-01-31 00:00 UTC is over"
     )
     refused(streamer("watchlist", "set", "Gates", "--expires", "soon"), "--expires", "soon")
+    refused(streamer("watchlist", "set", "Gates", "--expires", "0001-01-01T00:00+05:00"), "--expires")
+    refused(streamer("watchlist", "set", "Gates", "--priority", "1" + 400 * "0"), "--priority")
+    refused(streamer("watchlist", "set", " Gates ", "--threshold", 0.7), "would change")
+    refused(streamer("watchlist", "add", "Gates", "a\nb"), "no id")
     refused(streamer("watchlist", "set", "Gates", "--threshold", 0.7), "nothing about list 'Gates' would change")
     refused(streamer("watchlist", "set", "Doors", "--rename", "X", "--purpose", "a", "--legal-basis", "b"), "--rename")
     refused(streamer("watchlist", "add", "Doors", ada), "no list 'Doors'")
     refused(streamer("watchlist", "drop", "Gates", ada, "0" * 16), "0" * 16)
     assert listed()[0]["persons"] == 1, "one of two cannot be taken off: neither is"
 
-    assert streamer("watchlist", "drop", "Gates", ada)[:2] == (0, "1 off Gates\n")
+    assert streamer("watchlist", "drop", "Gates", ada)[:2] == (0, "1 taken off Gates\n")
     refused(streamer("watchlist", "remove", "Gates"), "--yes")
     assert streamer("watchlist", "remove", "Gates", "--yes")[:2] == (0, "removed Gates\n")
     assert listed() == [] and ada in streamer("gallery", "list")[1]

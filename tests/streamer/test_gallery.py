@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from streamer.gallery import EXACT_UP_TO, Change, Gallery, GalleryError, Snapshot, WatchList
+from streamer.gallery import EXACT_UP_TO, Change, Gallery, GalleryError, Snapshot, WatchList, _dimensions
 from streamer.vault import Vault, VaultError
 
 ROOT = Path(__file__).parents[2]
@@ -623,6 +623,16 @@ def test_a_large_gallery_finds_its_people_through_a_short_list_with_exact_simila
         exact = [float(templates[ids.index(each.identity)] @ probe) for each in candidates]
         assert [each.similarity for each in candidates] == pytest.approx(exact, abs=1e-5)
         assert exact == sorted(exact, reverse=True)
+
+
+def test_a_large_gallery_is_searched_in_the_directions_that_its_templates_fill():
+    chance = np.random.default_rng(0)
+    axes = np.linalg.qr(chance.standard_normal((32, 32)))[0]
+    spread = np.zeros(32)
+    spread[:10], spread[10:] = 1.0, 0.05  # nine of the ten are too few
+
+    assert _dimensions(chance.standard_normal((4000, 32)) * spread @ axes) == 10
+    assert _dimensions(chance.standard_normal((4000, 32)) @ axes) > 28
 
 
 def test_without_faiss_a_large_gallery_is_searched_slowly_and_says_so(crowd, monkeypatch, caplog):

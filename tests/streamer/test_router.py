@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from streamer.router import FittedRouter, RestorerRouter, RouteError, RouteTable, routes_path
+from streamer.router import FittedRouter, RestorerRouter, RouteError, RouteTable
 from streamer.types import Crop, Moment, Quality, Track
 
 EMBEDDER = "e" * 64
@@ -138,10 +138,6 @@ def test_only_restorers_that_some_row_sends_crops_to_are_worth_loading(router, t
     path = written(tmp_path / "some.json", row((10, 20), "sisn"), row((20, 28)), row((28, 40), "sgen", "sisn"))
 
     assert RouteTable.read(path, embedder_sha256=EMBEDDER).routed == ("sisn", "sgen")
-
-
-def test_the_table_lies_beside_its_embedder(tmp_path):
-    assert routes_path(tmp_path / "embedder-1.2.onnx") == tmp_path / "embedder-1.2.routes.json"
 
 
 @pytest.mark.parametrize(
