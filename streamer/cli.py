@@ -413,6 +413,29 @@ def gallery_verify(gallery: GalleryOption = None) -> int:
     return _findings(findings, f"{count} persons, all as they were enrolled")
 
 
+@gallery_app.command("embed")
+def gallery_embed(
+    gallery: GalleryOption = None,
+    embedder: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="By what; by default what the gallery names, as it is now.")
+    ] = None,
+    offline: OfflineOption = False,
+) -> int:
+    """Make the templates of all photos anew: for another embedder, or for a newer one of the same name."""
+    networks = Networks(_store(offline), plans=None if on_gpu("auto") else Plans(default_plans(), build=False))
+    with _desk(gallery) as desk:
+        source = enrolment.embedder_of(desk.gallery, embedder)
+        embeds = networks.embedder(source)
+        assert embeds is not None
+        count = desk.embed(embeds, source, who=_operator())
+        lists = desk.gallery.lists()
+    print(f"{count} photos embedded by {source} (sha256 {embeds.engine.sha256[:12]})")
+    usual = enrolment.likeness_of(embeds.engine.card.name).alarm
+    for each in lists:
+        print(f"list {each.name}: threshold {each.threshold:g}; by this embedder {usual:g} is usual")
+    return DONE
+
+
 @gallery_app.command("export")
 def gallery_export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="To be written, encrypted.")],

@@ -593,6 +593,23 @@ class Desk:
             change.remove_photo(photo)
             self.log.append(who, "photo.removed", [identity.id, photo])
 
+    def embed(self, embedder: FaceEmbedder, source: str, *, who: str) -> int:
+        """Make the templates of all photos by this embedder; return of how many. From then on they are searched.
+
+        Those of an earlier embedder stay: what it matched can still be explained. Raises GalleryError, PhotoError or
+        AuditError; nothing has changed then.
+        """
+        sha256, count = embedder.engine.sha256, 0
+        with self.gallery.change(who) as change:
+            for identity in self.gallery.identities():
+                for photo in map(self.gallery.photo, identity.photos):
+                    image = photos.decode_image(photo.image, f"photo {photo.id}")
+                    change.add_template(photo.id, sha256, embedder.embed([(image, photo.landmarks)])[0])
+                    count += 1
+            change.use_embedder(source, sha256)
+            self.log.append(who, "gallery.embedded", (), {"photos": count, "embedder": sha256})
+        return count
+
     def export(self, path: Path, passphrase: str, *, who: str) -> int:
         """Write everything to one file; return how many persons. Raises GalleryError, VaultError or AuditError."""
         self.log.append(who, "gallery.export-begun")  # killed half way, a copy of everybody may be out all the same
@@ -632,7 +649,7 @@ def enrol(
     with ExitStack() as stack:
         desk = stack.enter_context(Desk.open(folder)) if is_gallery(folder) else None
         gallery = desk.gallery if desk else None
-        source = _embedder_of(gallery, embedder)
+        source = embedder_of(gallery, embedder)
         if wish:
             wish.check(gallery)
         gate = load_gate(source)
@@ -711,7 +728,8 @@ def save_photo(photo: Photo, folder: Path) -> None:
         raise EnrolmentError(f"--save {path}: {exc.strerror}") from exc
 
 
-def _embedder_of(gallery: Gallery | None, named: str | None) -> str:
+def embedder_of(gallery: Gallery | None, named: str | None) -> str:
+    """Return what a gallery is embedded by: what is named, else what it knows, else the one that ships."""
     known = gallery.embedder() if gallery else None
     if named is None:
         return known[0] if known else EMBEDDER
@@ -725,7 +743,8 @@ def _refuse_other_embedder(gallery: Gallery | None, gate: Gate, source: str) -> 
     if known and known[1] != sha256:
         raise EnrolmentError(
             f"--embedder {source} (sha256 {sha256[:12]}) is not what this gallery's templates were made with: "
-            f"{known[0]} (sha256 {known[1][:12]}); templates of two embedders cannot be compared"
+            f"{known[0]} (sha256 {known[1][:12]}); templates of two embedders cannot be compared: "
+            "`streamer gallery embed` makes all anew"
         )
 
 

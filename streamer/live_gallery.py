@@ -36,7 +36,8 @@ class LiveGallery:
         if known is not None and known[1] != embedder_sha256:
             raise GalleryError(
                 f"{gallery.folder}: its templates were made with {known[0]} (sha256 {known[1][:12]}), embedder.model "
-                f"has sha256 {embedder_sha256[:12]}; templates of two embedders cannot be compared"
+                f"has sha256 {embedder_sha256[:12]}; templates of two embedders cannot be compared: "
+                "`streamer gallery embed` makes all anew"
             )
         self.gallery = gallery
         self._embedder_sha256, self._look_every_s, self._clock = embedder_sha256, look_every_s, clock
@@ -88,6 +89,9 @@ class LiveGallery:
     def _reload(self) -> None:
         started = time.monotonic()
         snapshot = self.gallery.snapshot(self._embedder_sha256, now=self._clock(), earlier=self._snapshot)
+        known = self.gallery.embedder()
+        if known is not None and known[1] != self._embedder_sha256:
+            self._tell(f"the gallery's templates are by {known[0]} (sha256 {known[1][:12]}) now: start the app anew")
         self._snapshot = snapshot
         self._guides.clear()  # a photo that was removed may not stay
         logger.info("gallery: %s, read anew in %.2f s", _counted(snapshot), time.monotonic() - started)

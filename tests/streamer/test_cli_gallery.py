@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from portraits import ASTRONAUT, portrait, write_embedder
 
 from engines.store import default_store
 from streamer.assembly import Networks
+from streamer.enrolment import Desk
 from streamer.vault import KEY_FILE_VARIABLE, KEY_VARIABLE
 
 Answer = tuple[int, str, str]
@@ -255,6 +257,35 @@ def test_another_embedder_than_the_gallerys_is_refused(streamer, ada, photo, emb
     write_embedder(other, detector, cell=8)
 
     refused(streamer("enrol", "Ada", photo("b.png", SMALL[:, ::-1]), "--embedder", other), "cannot be compared")
+
+
+def test_all_templates_are_made_anew_for_another_embedder_and_the_earlier_ones_stay(
+    streamer, ada, embedder, place, tmp_path
+):
+    other = tmp_path / "other.onnx"
+    write_embedder(other, Networks(default_store(), threads=1).detector("centerface", size=480), cell=8)
+    assert streamer("watchlist", "set", "Doors", "--purpose", "a", "--legal-basis", "b", "--threshold", 0.7)[0] == 0
+
+    code, out, err = streamer("gallery", "embed", "--embedder", other)
+
+    assert code == 0, err
+    sha256 = hashlib.sha256(other.read_bytes()).hexdigest()
+    assert out.splitlines() == [
+        f"1 photos embedded by {other} (sha256 {sha256[:12]})",
+        "list Doors: threshold 0.7; by this embedder 0.48 is usual",
+    ]
+    with Desk.open(place) as desk:
+        (person,) = desk.gallery.identities()
+        photo = desk.gallery.photo(person.photos[0])
+        assert set(photo.templates) == {hashlib.sha256(embedder.read_bytes()).hexdigest(), sha256}
+        image = cv2.imdecode(np.frombuffer(photo.image, np.uint8), cv2.IMREAD_COLOR_BGR)
+        embeds = Networks(default_store(), threads=1).embedder(str(other))
+        assert photo.templates[sha256] == pytest.approx(embeds.embed([(image, photo.landmarks)])[0], abs=1e-6)
+        assert desk.gallery.embedder() == (str(other), sha256)
+        assert desk.gallery.snapshot(sha256).search(photo.templates[sha256])[0][0].identity == ada
+    assert streamer("gallery", "embed")[1].startswith(f"1 photos embedded by {other}"), "what the gallery names"
+    assert streamer("audit", "export", tmp_path / "log.jsonl")[0] == 0
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["what"] == "gallery.embedded"
 
 
 def test_a_key_is_made_once_and_its_place_is_told(streamer, tmp_path):

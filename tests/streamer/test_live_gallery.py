@@ -78,6 +78,18 @@ def test_it_looks_no_more_often_than_it_was_told(gallery):
     seen.close()
 
 
+def test_another_embedder_meanwhile_is_told_and_who_was_enrolled_is_still_found(gallery, caplog):
+    seen = live(gallery)
+    with gallery.change("bob") as change:
+        change.use_embedder("newer.onnx", "f" * 64)
+
+    assert len(seen.current()) == 1
+    assert any(
+        "newer.onnx" in each.getMessage() and "start the app anew" in each.getMessage() for each in caplog.records
+    )
+    seen.close()
+
+
 def test_a_list_that_expires_is_out_though_nothing_was_changed(gallery):
     now = datetime.now(UTC)
     with gallery.change("bob") as change:
