@@ -427,7 +427,8 @@ def gallery_embed(
         source = enrolment.embedder_of(desk.gallery, embedder)
         embeds = networks.embedder(source)
         assert embeds is not None
-        count = desk.embed(embeds, source, who=_operator())
+        tell = _progress() if sys.stderr.isatty() else lambda *_: None
+        count = desk.embed(embeds, source, who=_operator(), tell=lambda share: tell("gallery", "embedded", share))
         lists = desk.gallery.lists()
     print(f"{count} photos embedded by {source} (sha256 {embeds.engine.sha256[:12]})")
     usual = enrolment.likeness_of(embeds.engine.card.name).alarm

@@ -593,22 +593,24 @@ class Desk:
             change.remove_photo(photo)
             self.log.append(who, "photo.removed", [identity.id, photo])
 
-    def embed(self, embedder: FaceEmbedder, source: str, *, who: str) -> int:
+    def embed(
+        self, embedder: FaceEmbedder, source: str, *, who: str, tell: Callable[[float], None] = lambda share: None
+    ) -> int:
         """Make the templates of all photos by this embedder; return of how many. From then on they are searched.
 
-        Those of an earlier embedder stay: what it matched can still be explained. Raises GalleryError, PhotoError or
-        AuditError; nothing has changed then.
+        Those of an earlier embedder stay: what it matched can still be explained. `tell` hears which share is done.
+        Raises GalleryError, PhotoError, EngineError or AuditError; nothing has changed then.
         """
-        sha256, count = embedder.engine.sha256, 0
+        sha256 = embedder.engine.sha256
         with self.gallery.change(who) as change:
-            for identity in self.gallery.identities():
-                for photo in map(self.gallery.photo, identity.photos):
-                    image = photos.decode_image(photo.image, f"photo {photo.id}")
-                    change.add_template(photo.id, sha256, embedder.embed([(image, photo.landmarks)])[0])
-                    count += 1
+            ids = [photo for identity in self.gallery.identities() for photo in identity.photos]
+            for number, photo in enumerate(map(self.gallery.photo, ids), start=1):
+                image = photos.decode_image(photo.image, f"photo {photo.id}")
+                change.add_template(photo.id, sha256, embedder.embed([(image, photo.landmarks)])[0])
+                tell(number / len(ids))
             change.use_embedder(source, sha256)
-            self.log.append(who, "gallery.embedded", (), {"photos": count, "embedder": sha256})
-        return count
+            self.log.append(who, "gallery.embedded", (), {"photos": len(ids), "embedder": sha256})
+        return len(ids)
 
     def export(self, path: Path, passphrase: str, *, who: str) -> int:
         """Write everything to one file; return how many persons. Raises GalleryError, VaultError or AuditError."""
