@@ -21,6 +21,7 @@ from streamer.calibration import Calibration, HeightBin, Network
 from streamer.probes import Sample
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "docs"))  # the scripts there find each other so
+fit_calibration = importlib.import_module("fit_calibration")
 identification = importlib.import_module("identification")
 people = importlib.import_module("people")
 
@@ -425,3 +426,19 @@ def test_the_report_has_every_method_in_every_bin_and_says_what_was_not_measured
     assert any("12 to 16 px: 3, 16 to 24 px: 3" in line and "no claim" in line for line in lines)
     assert "no calibration" in identification.calibration_lines(None, [], {}, None, weights)[-1]
     assert "| found | 0.75 (3 of 4) |" in identification.found_lines([(3, 4)])[-1]
+
+
+def test_strangers_are_told_by_the_sets_that_they_are_of():
+    rng = np.random.default_rng(0)
+    alike = np.eye(8)[0] * 3 + rng.standard_normal((60, 8))
+    apart = rng.standard_normal((60, 8))
+    references = np.concatenate([alike, apart])
+    references /= np.linalg.norm(references, axis=1, keepdims=True)
+    people = tuple([f"one/{n}" for n in range(60)] + [f"two/{n}" for n in range(60)])
+
+    lines = fit_calibration.strangers_by_set(SimpleNamespace(people=people, references=references))
+
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| one", "| two"))]
+    shares = {sets: float(share) for sets, _, share in rows}
+    assert set(shares) == {"one, one", "one, two", "two, two"}
+    assert shares["one, one"] > 0.002 > shares["two, two"] >= shares["one, two"] == 0
