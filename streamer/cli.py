@@ -387,7 +387,8 @@ def gallery_remove(
     identity: IdArgument,
     gallery: GalleryOption = None,
     photo: Annotated[
-        str | None, typer.Option(metavar="PHOTO", help="Only this photo, as `streamer gallery show` gives it.")
+        str | None,
+        typer.Option(metavar="PHOTO", help="Only this photo, as `streamer gallery show` gives it.", parser=_id),
     ] = None,
     yes: YesOption = False,
 ) -> int:

@@ -198,6 +198,7 @@ def test_one_photo_of_several_is_removed_and_the_last_one_is_not(streamer, ada, 
     answer = streamer("enrol", "Ada Lovelace", photo("other.png", portrait("left")), "--force", "--json")
     (second,) = [each["id"] for each in json.loads(answer[1])["enrolled"][0]["photos"]]
     refused(streamer("gallery", "remove", ada, "--photo", "0" * 16, "--yes"), "no photo")
+    refused(streamer("gallery", "remove", ada, "--photo", "a\nb", "--yes"), "no id")
     refused(streamer("gallery", "remove", ada, "--photo", first), "--yes")
 
     assert streamer("gallery", "remove", ada, "--photo", first, "--yes")[:2] == (0, f"removed {first}\n")
